@@ -1,0 +1,23 @@
+"""The C core seen from Python: choose an instruction set, check arguments, call.
+
+    >>> import numpy as np
+    >>> from refquant import kernels
+    >>> a = np.array([[255, 1, 0]], dtype=np.uint8)        # (M, K)
+    >>> b = np.array([[-128, 2, 3]], dtype=np.int8)        # (N, K)
+    >>> kernels.gemm(a, b)
+    array([[-32638]], dtype=int32)
+    >>> with kernels.using("ref"):                         # the same integers from NumPy
+    ...     kernels.gemm(a, b)
+    array([[-32638]], dtype=int32)
+
+A kernel is named by its instruction set: `ref` is NumPy (refquant.ref) and always there,
+`scalar` is plain C, the others are C in wider registers. All of them give the same bits, so
+that the choice changes time and nothing else. Unless told otherwise by `use`, `using` or the
+environment variable REFQUANT_ISA, the fastest one that this processor can run is used. A
+name that cannot be obeyed is an error, never another kernel in silence.
+"""
+
+from ._dispatch import active, available, build_info, supported, use, using
+from ._gemm import gemm
+
+__all__ = ["active", "available", "build_info", "gemm", "supported", "use", "using"]
