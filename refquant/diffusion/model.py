@@ -1,0 +1,116 @@
+"""A diffusion model as one thing: network, noise schedule, and where they came from.
+
+A model is named by its asset name (``mnist-unet``) or by the path of a checkpoint. Everything a
+sampler needs travels in the checkpoint's metadata, so nothing is retyped after training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import io
+from ..errors import CheckpointError, UnknownNameError
+from ..nn.classifier import Classifier, ClassifierConfig
+from ..nn.unet import UNet, UNetConfig
+from .schedule import Schedule, schedule
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionModel:
+    """A noise-predicting network and the schedule it was trained for.
+
+    Attributes
+    ----------
+    name : str
+        Asset name or file stem, for tables and captions.
+    network : UNet
+    schedule : Schedule
+    metadata : dict
+        How it was made: data set, training length, seed.
+    """
+
+    name: str
+    network: UNet
+    schedule: Schedule
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images it draws."""
+        cfg = self.network.cfg
+        return cfg.image_channels, cfg.image_size, cfg.image_size
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint (see `refquant.io.save` for the errors)."""
+        facts = {
+            **self.metadata,
+            "kind": "unet",
+            "network": self.network.cfg.to_json(),
+            "schedule": self.schedule.name,
+            "timesteps": self.schedule.timesteps,
+            "t_convention": "t counts from 0; t = 0 is one step of noise",
+        }
+        io.save(path, self.network.state_dict(), facts)
+
+
+def asset_names() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(p.stem for p in ASSETS.glob("*.safetensors"))
+
+
+def find(name: str) -> Path:
+    """Return the file that a model name or path means.
+
+    Raises
+    ------
+    UnknownNameError
+        It is neither an asset nor an existing file; the message lists the assets.
+    """
+    asset = ASSETS / f"{name}.safetensors"
+    if asset.is_file():
+        return asset
+    if Path(name).is_file():
+        return Path(name)
+    raise UnknownNameError(
+        f"no model or file is called {name!r}. Shipped: {', '.join(asset_names()) or 'none'}; or give the path of "
+        "a checkpoint that `refquant train` or `refquant quantize` wrote."
+    )
+
+
+def load_model(name: str) -> DiffusionModel:
+    """Load a float model by asset name or path (see `find` and `refquant.io.load` for the errors)."""
+    path = find(name)
+    return from_checkpoint(io.load(path, kind="unet"))
+
+
+def from_checkpoint(found: io.Checkpoint) -> DiffusionModel:
+    """Build the model that a loaded checkpoint of kind 'unet' describes."""
+    facts = found.metadata
+    for key in ("network", "schedule", "timesteps"):
+        if key not in facts:
+            raise CheckpointError(f"{found.path}: its metadata lacks {key!r}; it was not written by refquant train.")
+    network = UNet(UNetConfig.from_json(facts["network"]), np.random.default_rng(0))
+    network.load_state_dict(found.tensors)
+    return DiffusionModel(found.path.stem, network, schedule(facts["schedule"], facts["timesteps"]), facts)
+
+
+def save_classifier(path: Path, model: Classifier, reference: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
+    """Write a classifier with the feature statistics of its training set (mean, cov)."""
+    tensors = {**model.state_dict(), **{f"reference.{k}": v for k, v in reference.items()}}
+    io.save(path, tensors, {**facts, "kind": "classifier", "network": model.cfg.to_json()})
+
+
+def load_classifier(name: str) -> tuple[Classifier, dict[str, np.ndarray], dict[str, Any]]:
+    """Load a classifier: the network, reference statistics (mean (F,), cov (F, F)), and the metadata."""
+    found = io.load(find(name), kind="classifier")
+    weights = {k: v for k, v in found.tensors.items() if not k.startswith("reference.")}
+    model = Classifier(ClassifierConfig.from_json(found.metadata["network"]), np.random.default_rng(0))
+    model.load_state_dict(weights)
+    reference = {k.removeprefix("reference."): found.tensors[k] for k in found.tensors if k.startswith("reference.")}
+    return model, reference, found.metadata

@@ -1,0 +1,96 @@
+"""Training a noise predictor: DDPM's simple loss (Ho et al. 2020, eq. 14).
+
+    L = E_{t, x_0, eps} || eps - eps_theta(sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps, t) ||²
+
+One deviation: the time-steps of a batch are stratified, one uniform draw from each of B equal
+parts of [0, T). Each t is still uniform, and the batch's loss varies less, because it always
+holds easy and hard time-steps in equal parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..autograd import Tensor, ops
+from ..data.dataset import Dataset, to_float
+from ..errors import ShapeError
+from ..nn.fit import FitConfig, epoch_order, fit
+from ..nn.unet import UNet
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class NoisyChunk:
+    """Part of a batch: x_t and noise (N, H, W, C), t (N,), and a generator for dropout."""
+
+    x_t: NDArray[np.float32]
+    noise: NDArray[np.float32]
+    t: NDArray[np.int64]
+    rng: np.random.Generator
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.t)
+
+
+def noisy_chunks(images: NDArray[np.uint8], schedule: Schedule, cfg: FitConfig, step: int) -> list[NoisyChunk]:
+    """Build the batch of one step from images (N, C, H, W) uint8; a function of (seed, step) alone."""
+    index = epoch_order(len(images), cfg, step)
+    x_0 = np.ascontiguousarray(to_float(images[index]).transpose(0, 2, 3, 1))
+    rng = np.random.default_rng([cfg.seed, 2, step])
+    noise = rng.standard_normal(x_0.shape, dtype=np.float32)
+    # one draw per stratum; images are in random order already, so which image gets which t is random too
+    t = ((np.arange(cfg.batch) + rng.random(cfg.batch)) * (schedule.timesteps / cfg.batch)).astype(np.int64)
+    t = np.minimum(t, schedule.timesteps - 1)
+    x_t = schedule.q_sample(x_0, t, noise)
+    # interleave, so that every chunk holds time-steps from the whole range
+    parts = -(-cfg.batch // cfg.chunk)
+    return [
+        NoisyChunk(x_t[i::parts], noise[i::parts], t[i::parts], np.random.default_rng([cfg.seed, 3, step, i]))
+        for i in range(parts)
+    ]
+
+
+def train(
+    model: UNet,
+    data: Dataset,
+    schedule: Schedule,
+    cfg: FitConfig,
+    *,
+    state: Path | None = None,
+    save_seconds: float = 60.0,
+    quiet: bool = False,
+) -> NDArray[np.float32]:
+    """Train `model` in place with the epsilon loss, leave the averaged weights in it, return the loss curve.
+
+    See `refquant.nn.fit.fit` for `state`, `save_seconds` and `quiet`.
+    """
+    want = (model.cfg.image_channels, model.cfg.image_size, model.cfg.image_size)
+    if data.images.shape[1:] != want:
+        raise ShapeError(
+            f"the network draws images (C, H, W) = {want}, the data set {data.name!r} has {data.images.shape[1:]}. "
+            "Choose a data set or a network that fits."
+        )
+
+    def loss(chunk: NoisyChunk) -> Tensor:
+        return ops.mse(model(Tensor(chunk.x_t), chunk.t, chunk.rng), chunk.noise)
+
+    return fit(
+        model,
+        lambda step: noisy_chunks(data.images, schedule, cfg, step),
+        loss,
+        cfg,
+        state=state,
+        recipe={
+            "network": model.cfg.to_json(),
+            "data": data.name,
+            "schedule": schedule.name,
+            "timesteps": schedule.timesteps,
+        },
+        save_seconds=save_seconds,
+        quiet=quiet,
+    )
