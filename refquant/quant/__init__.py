@@ -1,0 +1,1 @@
+"""Post-training quantization in floating point: affine maps, observers, fake quantization, methods."""

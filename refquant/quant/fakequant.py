@@ -1,0 +1,45 @@
+"""Fake quantization as an operation of the tape: floats on the grid, gradients straight through.
+
+Forward is exactly `refquant.quant.affine.fake_quantize` (a test holds them equal, bit for bit), in
+six passes over one buffer instead of a round trip through bytes: this is what every activation of
+a simulated network goes through. Backward is the straight-through estimator,
+
+    dx^/dx = 1 where qmin <= round(x / scale) + zero_point <= qmax, else 0      (both ends count as inside)
+
+which is the derivative of the clip and ignores the rounding (TFMQ-DM ``quant_layer.py:159-160,211-227``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..autograd.tensor import Tensor, op
+from ..errors import ShapeError
+from .affine import QParams
+
+
+@op
+def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
+    """Round x to the grid of `qparams` (one scale for the tensor); same shape and dtype.
+
+    x is any shape, finite (NaN passes through as NaN: the caller checks its results once, not every layer).
+    """
+    spec = qparams.spec
+    if spec.axis is not None:
+        raise ShapeError(f"fake_quant: activations take one scale for the tensor, got axis={spec.axis}.")
+    scale, zero = x.dtype.type(qparams.scale), x.dtype.type(qparams.zero_point)
+    q = x.data / scale
+    np.rint(q, out=q)
+    q += zero
+    inside = (q >= spec.qmin) & (q <= spec.qmax) if x.requires_grad else None
+    np.clip(q, spec.qmin, spec.qmax, out=q)
+    q -= zero
+    q *= scale
+
+    def vjp(g: NDArray[Any]) -> tuple[NDArray[Any]]:
+        return (g * inside,)
+
+    return Tensor(q, (x,), vjp)

@@ -1,0 +1,1 @@
+"""Methods of post-training quantization, one file a paper. None of them imports another."""

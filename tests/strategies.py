@@ -1,0 +1,116 @@
+"""What the property tests draw: arrays full of corners, not of bell curves.
+
+Random reals almost never hit a tie, an edge of the codes or a subnormal; quantization bugs live nowhere else.
+"""
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from refquant.quant.affine import QParams, QSpec
+
+TINY = float(np.finfo(np.float32).tiny)  # 2**-126, the smallest normal
+LIMIT = float(np.float32(1e30))  # far above any tensor; the span of two such numbers still fits float32
+CORNERS = [0.0, -0.0, *np.float32([0.5, -0.5, 1.5, 2.5, 1, -1, 127.5, 255, 2**-149, -TINY, 1e-8]).tolist()]
+
+int32s = st.sampled_from([0, 1, -1, 2**31 - 1, -(2**31), 2**30, -(2**30), 127, -128]) | st.integers(
+    -(2**31), 2**31 - 1
+)  # int32 accumulators
+mantissas = st.sampled_from([2**30, 2**31 - 1, 2**30 + 1, 3 * 2**29]) | st.integers(2**30, 2**31 - 1)
+shifts = st.sampled_from([0, 30, 31, 32, 38, 62]) | st.integers(0, 62)
+shapes = hnp.array_shapes(min_dims=1, max_dims=4, min_side=1, max_side=5)
+
+
+def floats32(limit=LIMIT):
+    """Finite float32 numbers in [-limit, limit]: corners, subnormals, and the rest."""
+    return st.sampled_from([*CORNERS, limit, -limit]) | st.floats(-limit, limit, width=32)
+
+
+@st.composite
+def tensors(draw, shape=shapes, limit=LIMIT):
+    """Finite float32 arrays: mixed, constant, of one sign, or with one outlier; in any memory layout."""
+    x = draw(hnp.arrays(np.float32, shape, elements=floats32(limit)))
+    match draw(st.sampled_from(["mixed", "constant", "positive", "negative", "outlier"])):
+        case "constant":
+            x = np.full_like(x, x.flat[0])
+        case "positive":
+            x = np.abs(x)
+        case "negative":
+            x = -np.abs(x)
+        case "outlier":
+            x = np.clip(x, -1, 1)
+            x.flat[-1] = min(1e4, limit)
+    return draw(layouts(x))
+
+
+@st.composite
+def layouts(draw, x):
+    """The same values behind other strides: transposed, reversed, every second element, Fortran order."""
+    match draw(st.sampled_from(["C", "F", "reversed", "strided", "transposed"])):
+        case "F":
+            return np.asfortranarray(x)
+        case "reversed":
+            return np.flip(np.flip(x).copy())
+        case "strided":
+            wide = np.full((*x.shape[:-1], 2 * x.shape[-1]), np.nan, dtype=x.dtype)
+            wide[..., ::2] = x
+            return wide[..., ::2]
+        case "transposed":
+            return np.ascontiguousarray(x.T).T
+    return np.ascontiguousarray(x)
+
+
+@st.composite
+def qspecs(draw, axis=None):
+    """All bits and all four kinds of codes."""
+    return QSpec(draw(st.integers(2, 8)), draw(st.booleans()), draw(st.booleans()), axis)
+
+
+@st.composite
+def qparams(draw, channels=None, axis=None, zero_in_range=True):
+    """Quantizers, per tensor or with ``channels`` along ``axis``; 0 has a code if zero_in_range."""
+    spec = draw(qspecs(axis))
+    scales = st.sampled_from([2.0**-20, 0.125, 0.5, 1.0, 3.0, 1e-8, 1e3]) | st.floats(
+        float(np.float32(1e-8)), float(np.float32(1e6)), width=32
+    )
+    if spec.symmetric:
+        zeros = st.just(0)
+    elif zero_in_range:
+        zeros = st.sampled_from([spec.qmin, spec.qmax, spec.qmin + 1]) | st.integers(spec.qmin, spec.qmax)
+    else:
+        zeros = st.sampled_from([-1000, 1000, 2**23, -(2**23)]) | st.integers(-512, 512)
+    if axis is None:
+        return QParams(draw(scales), draw(zeros), spec)
+    several = {"min_size": channels, "max_size": channels}
+    return QParams(draw(st.lists(scales, **several)), draw(st.lists(zeros, **several)), spec)
+
+
+@st.composite
+def affine_cases(draw, per_channel=(False, True), zero_in_range=True):
+    """(x, qparams), x made for that quantizer: codes, ties between codes, both ends, anything else."""
+    shape = draw(shapes)
+    axis = draw(st.integers(0, len(shape) - 1)) if draw(st.sampled_from(per_channel)) else None
+    q = draw(qparams(None if axis is None else shape[axis], axis, zero_in_range))
+    scale, zero = along(q, len(shape))
+    halves = draw(hnp.arrays(np.int32, shape, elements=st.integers(2 * q.spec.qmin - 4, 2 * q.spec.qmax + 4)))
+    on_grid = (scale * (halves / 2 - zero)).astype(np.float32)  # odd halves are ties
+    anything = draw(hnp.arrays(np.float32, shape, elements=floats32()))
+    x = np.where(draw(hnp.arrays(bool, shape)), anything, on_grid)
+    return draw(layouts(x)), q
+
+
+@st.composite
+def requantize_cases(draw):
+    """(acc, mantissa, shift, zero_point, spec): arrays of one length, products near ties and at both ends."""
+    rows = draw(st.lists(st.tuples(int32s, mantissas, shifts), min_size=1, max_size=8))
+    spec = draw(qspecs())
+    acc, mantissa, shift = np.array(rows, dtype=np.int64).T.astype(np.int32)
+    return acc, mantissa, shift, draw(st.integers(spec.qmin, spec.qmax)), spec
+
+
+def along(q, ndim):
+    """scale (float64) and zero_point (int64) of q, shaped to broadcast over an array of ndim axes."""
+    shape = [1] * ndim
+    if q.spec.axis is not None:
+        shape[q.spec.axis] = -1
+    return q.scale.astype(np.float64).reshape(shape), q.zero_point.astype(np.int64).reshape(shape)
