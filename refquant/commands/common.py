@@ -1,0 +1,124 @@
+"""What the verbs share: options that mean the same everywhere, models by name, tables, progress.
+
+Results go to standard output, progress and remarks to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .. import io, kernels
+from .._version import __version__
+from ..diffusion.denoiser import Denoiser
+from ..diffusion.model import DiffusionModel, find, load_model
+from ..errors import CheckpointError, RefquantError
+from ..quant.quantized import load_quantized
+from ..threads import get_threads, set_threads
+
+SEED = 42
+
+
+def add_verb(
+    verbs: Any, name: str, summary: str, example: str, *, seed: bool = True, out: str | None = None
+) -> argparse.ArgumentParser:
+    """Add a verb with the options that all share; `out` is the default of --out (None: no such option)."""
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"example:\n  {example}",
+        formatter_class=HelpFormatter,
+    )
+    group = parser.add_argument_group("options that mean the same everywhere")
+    if seed:
+        group.add_argument("--seed", type=int, default=SEED, metavar="S", help="fixes everything random")
+    group.add_argument("--threads", type=int, metavar="N", help="worker threads (default: all cores)")
+    group.add_argument("--isa", metavar="NAME", help="instruction set of the integer kernels (default: the fastest)")
+    if out is not None:
+        group.add_argument("--out", type=Path, default=Path(out), metavar="FILE", help="where the result is written")
+    group.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Show defaults, and keep the line breaks of the example."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # "(default: None)" and "(default: False)" say nothing
+        if action.default is None or action.default is False or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def apply_common(args: argparse.Namespace) -> None:
+    """Set threads and instruction set as the options say; raise before any work if they cannot be obeyed."""
+    set_threads(args.threads)
+    if args.isa is not None:
+        kernels.use(args.isa)
+    if getattr(args, "out", None) is not None and not args.out.parent.is_dir():
+        raise RefquantError(f"{args.out}: there is no folder {args.out.parent}. Make it first, or choose another --out.")
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model ready to sample: the float model or frame, its noise predictor, what it is, and its size."""
+
+    base: DiffusionModel
+    eps: Denoiser
+    description: str
+    size_bytes: int
+
+
+def open_model(name: str) -> Opened:
+    """Open a float or quantized model by asset name or path."""
+    path = find(name)
+    kind = io.read_metadata(path)["kind"]
+    if kind == "quantized":
+        model = load_quantized(name)
+        r = model.recipe
+        label = f"{model.base.name} W{r['weight_bits']}A{r['input_bits']} {r['method']}"
+        return Opened(model.base, model.denoiser(), label, model.size_bytes())
+    if kind != "unet":
+        raise CheckpointError(f"{path}: holds a {kind}, which draws nothing. Give a UNet or a quantized model.")
+    base = load_model(name)
+    return Opened(base, Denoiser(base.network), f"{base.name} float32", 4 * base.network.parameter_count())
+
+
+def progress(total: int, label: str, args: argparse.Namespace) -> tqdm[Any]:
+    """Return a progress bar on standard error; silent with --quiet and where that is no terminal."""
+    return tqdm(total=total, desc=label, unit="step", disable=True if args.quiet else None, file=sys.stderr, leave=False)
+
+
+def say(args: argparse.Namespace, text: str) -> None:
+    """Print a remark to standard error, unless --quiet."""
+    if not args.quiet:
+        print(text, file=sys.stderr)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns of equal width; the first is aligned left, the others right."""
+    widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write `result` with the version, if a path was given."""
+    if path is not None:
+        text = json.dumps({"refquant": __version__, **result}, indent=1, sort_keys=True) + "\n"
+        io.write_atomically(path, [text.encode()])
+
+
+def setting() -> str:
+    """Return version, threads and kernel in a few words, for the head of an output."""
+    return f"refquant {__version__}, {get_threads()} threads, integer kernels: {kernels.active()}"

@@ -1,0 +1,74 @@
+"""refquant evaluate: how good are a model's images, over several seeds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..diffusion.model import load_model
+from ..errors import RangeError
+from ..evaluate import Judge, sample_run
+from ..metrics import mean_and_spread, psnr
+from .common import add_verb, open_model, print_table, progress, say, setting, write_json
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb."""
+    p = add_verb(
+        verbs, "evaluate", "Judge a model's images: Frechet distance, recognised share, PSNR to the float model.",
+        "refquant evaluate mnist-unet -n 200 --runs 2 --steps 20",
+    )  # fmt: skip
+    p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
+    p.add_argument("-n", type=int, default=1000, metavar="N", help="images of each run")
+    p.add_argument("--runs", type=int, default=3, metavar="R", help="runs, with seeds S, S+1, ...; they give the spread")
+    p.add_argument("--steps", type=int, default=50, metavar="K", help="DDIM steps")
+    p.add_argument("--reference", metavar="MODEL", help="float model to compare with, from the same noise (PSNR)")
+    p.add_argument("--judge", default="mnist-classifier", metavar="MODEL", help="classifier whose features are used")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample `--runs` times and print one row with spreads."""
+    if args.n < 2 or args.runs < 1:
+        raise RangeError(f"-n is {args.n} and --runs is {args.runs}; at least 2 images and 1 run are needed.")
+    judge = Judge(args.judge)
+    opened = open_model(args.model)
+    reference = load_model(args.reference) if args.reference else None
+    say(args, f"{opened.description}, {setting()}")
+    numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "psnr_db": [], "seconds": []}
+    batches = -(-args.n // 64)
+    with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
+        for seed in range(args.seed, args.seed + args.runs):
+            follow = lambda _: bar.update()  # noqa: E731
+            made = sample_run(opened.eps, opened.base, args.n, steps=args.steps, seed=seed, on_step=follow)
+            numbers["frechet"].append(judge.frechet(made.images))
+            numbers["confident"].append(judge.confident(made.images))
+            numbers["seconds"].append(made.seconds)
+            if reference is not None:
+                from ..diffusion.denoiser import Denoiser
+
+                eps = Denoiser(reference.network)
+                wanted = sample_run(eps, reference, args.n, steps=args.steps, seed=seed, on_step=follow)
+                numbers["psnr_db"].append(psnr(made.images, wanted.images))
+    rows = [(key, _with_spread(values)) for key, values in numbers.items() if values]
+    print(f"{opened.description}: {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}")
+    print_table(("measure", "mean ± std"), rows)
+    real = judge.metadata["real_1000_frechet"]
+    print(f"frechet: on the features of {args.judge}, not the Inception FID; "
+          f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")  # fmt: skip
+    write_json(args.json, {"model": opened.description, "n": args.n, "steps": args.steps, "seed": args.seed,
+                           "runs": args.runs, "real_1000_frechet": real, **numbers})  # fmt: skip
+    return 0
+
+
+def _with_spread(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    if not np.isfinite(values).all():  # a PSNR of two equal runs
+        return str(values[0])
+    mean, std = mean_and_spread(values)
+    return f"{mean:.3f} ± {std:.3f}"

@@ -1,0 +1,80 @@
+"""refquant sample: draw images with a float or quantized model."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+
+from .. import io
+from .._version import __version__
+from ..diffusion.ddim import ddim_sample
+from ..diffusion.ddpm import VARIANCES, ddpm_sample
+from ..diffusion.sampling import NoiseSource, StepState
+from ..errors import RangeError, RefquantError
+from ..evaluate import BATCH
+from ..viz import image_grid, save_png
+from .common import add_verb, open_model, progress, say, setting
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb."""
+    p = add_verb(
+        verbs, "sample", "Draw images with a model.",
+        "refquant sample mnist-unet -n 16 --steps 50 --seed 7 --out digits.png", out="samples.png",
+    )  # fmt: skip
+    p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
+    p.add_argument("-n", type=int, default=16, metavar="N", help="number of images")
+    p.add_argument("--sampler", choices=("ddim", "ddpm"), default="ddim", help="ddpm takes all steps of the schedule")
+    p.add_argument("--steps", type=int, default=50, metavar="K", help="steps of ddim")
+    p.add_argument("--eta", type=float, default=0.0, metavar="E", help="noise of ddim: 0 none, 1 as much as ddpm")
+    p.add_argument("--spacing", choices=("uniform", "quadratic"), default="uniform", help="time-steps of ddim")
+    p.add_argument("--variance", choices=VARIANCES, default="posterior", help="noise of ddpm")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, and write a picture grid (.png) or raw float32 (N, C, H, W) in [-1, 1] (.npy)."""
+    if args.out.suffix not in (".png", ".npy"):
+        raise RefquantError(f"{args.out}: --out ends in .png (a picture grid) or .npy (raw float32), nothing else.")
+    if args.n < 1:
+        raise RangeError(f"-n is {args.n}; it must be at least 1.")
+    opened = open_model(args.model)
+    base = opened.base
+    say(args, f"{opened.description}, {setting()}")
+    steps = args.steps if args.sampler == "ddim" else base.schedule.timesteps
+    began, parts = time.perf_counter(), []
+    with progress(-(-args.n // BATCH) * steps, "sample", args) as bar:
+
+        def step(_: StepState) -> None:
+            bar.update()
+
+        for first in range(0, args.n, BATCH):
+            noise = NoiseSource(args.seed, min(BATCH, args.n - first), base.image_shape, first)
+            x = noise.draw()
+            if args.sampler == "ddim":
+                x = ddim_sample(opened.eps, x, base.schedule, noise, steps=args.steps, eta=args.eta,
+                                spacing=args.spacing, callback=step)  # fmt: skip
+            else:
+                x = ddpm_sample(opened.eps, x, base.schedule, noise, variance=args.variance, callback=step)
+            parts.append(x)
+    images = np.clip(np.concatenate(parts), -1, 1)
+    if not np.isfinite(images).all():
+        raise RangeError(f"{args.model} drew NaN: its weights are damaged. Take the checkpoint from its source again.")
+    seconds = time.perf_counter() - began
+    facts = {
+        "model": opened.description, "n": args.n, "sampler": args.sampler, "steps": steps, "seed": args.seed,
+        "refquant": __version__,
+    }  # fmt: skip
+    facts |= {"eta": args.eta, "spacing": args.spacing} if args.sampler == "ddim" else {"variance": args.variance}
+    if args.out.suffix == ".png":
+        save_png(args.out, image_grid(images, scale=2), facts)
+    else:
+        buffer = BytesIO()
+        np.save(buffer, images.astype(np.float32))
+        io.write_atomically(args.out, [buffer.getvalue()])
+    print(f"{args.out}: {args.n} images, {args.sampler} {steps} steps, seed {args.seed}, {seconds:.1f} s")
+    return 0

@@ -1,0 +1,90 @@
+"""refquant train: make a model from a data set; what it writes is what sample and quantize read."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import numpy as np
+
+from .. import data
+from ..data.dataset import to_float
+from ..diffusion.model import DiffusionModel, save_classifier
+from ..diffusion.schedule import SCHEDULES, schedule
+from ..diffusion.train import train
+from ..metrics import feature_stats, frechet_distance, mean_and_spread
+from ..nn.classifier import Classifier, ClassifierConfig, accuracy, train_classifier
+from ..nn.fit import FitConfig
+from ..nn.unet import CONFIGS, UNet, config
+from .common import add_verb, say, setting
+
+REAL_DRAWS = 10  # random sets of 1,000 real test images that calibrate the Frechet distance
+SPECIAL = "classifier"
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb."""
+    p = add_verb(
+        verbs, "train", "Train a model on a data set; a run that is killed goes on where it was.",
+        "refquant train mnist-unet --data shapes --steps 200 --out shapes-unet.safetensors", out="model.safetensors",
+    )  # fmt: skip
+    p.add_argument("network", nargs="?", default="mnist-unet", choices=(*CONFIGS, SPECIAL), help="what to train")
+    p.add_argument("--data", default="mnist", metavar="NAME", help=f"one of {', '.join(data.names())}")
+    p.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="noise schedule")
+    p.add_argument("--timesteps", type=int, default=1000, metavar="T", help="steps of the schedule")
+    p.add_argument("--steps", type=int, default=10000, metavar="K", help="updates of the weights")
+    p.add_argument("--batch", type=int, default=64, metavar="B", help="images per update")
+    p.add_argument("--rate", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of Adam")
+    p.add_argument("--warmup", type=int, default=300, metavar="K", help="steps of linear warm-up")
+    p.add_argument("--decay", type=int, default=3000, metavar="K", help="last steps, in which the rate falls to 0")
+    p.add_argument("--average", type=float, default=0.999, metavar="D", help="decay of the weights' moving average")
+    p.add_argument("--chunk", type=int, default=16, metavar="C", help="images that a thread works on at a time")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, then write the averaged weights to --out; the state of the run lies in OUT.state until then."""
+    dataset = data.load(args.data, "train")
+    cfg = FitConfig(
+        steps=args.steps, batch=args.batch, rate=args.rate, warmup=args.warmup, decay=min(args.decay, args.steps),
+        average=args.average, seed=args.seed, chunk=args.chunk,
+    )  # fmt: skip
+    state = args.out.with_name(args.out.name + ".state")
+    resumed = state.exists()
+    say(args, f"{'resuming' if resumed else 'training'} {args.network} on {dataset.name}, {setting()}; state in {state}")
+    began = time.perf_counter()
+    rng = np.random.default_rng(cfg.seed)
+    facts: dict[str, Any] = {"data": dataset.name, "fit": vars(cfg), "images_seen": cfg.steps * cfg.batch}
+    if args.network == SPECIAL:
+        classifier = Classifier(ClassifierConfig(), rng)
+        losses = train_classifier(classifier, dataset, cfg, state=state, quiet=args.quiet)
+        test = data.load(args.data, "test")
+        features = classifier.judge(to_float(dataset.images))[0]
+        stats = feature_stats(features)
+        facts |= {"test_accuracy": accuracy(classifier, test), "reference_count": stats.count}
+        facts["real_1000_frechet"] = _real_distance(classifier, test, stats.mean, stats.cov)
+        save_classifier(args.out, classifier, {"mean": stats.mean, "cov": stats.cov}, facts)
+        result = f"test accuracy {facts['test_accuracy']:.4f}"
+    else:
+        model = DiffusionModel(
+            args.out.stem, UNet(config(args.network), rng), schedule(args.schedule, args.timesteps), facts
+        )
+        losses = train(model.network, dataset, model.schedule, cfg, state=state, quiet=args.quiet)
+        facts["loss"] = float(losses[-500:].mean())
+        model.save(args.out)
+        result = f"loss {facts['loss']:.4f}"
+    state.unlink(missing_ok=True)
+    print(f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _real_distance(judge: Classifier, test: data.Dataset, mean: np.ndarray, cov: np.ndarray) -> dict[str, float]:
+    """Frechet distance of 1,000 real test images: what a perfect model would reach, with its spread."""
+    features = judge.judge(to_float(test.images))[0]
+    rng = np.random.default_rng(0)
+    draws = []
+    for _ in range(REAL_DRAWS):
+        s = feature_stats(features[rng.permutation(len(features))[:1000]])
+        draws.append(frechet_distance(s.mean, s.cov, mean, cov))
+    return mean_and_spread(draws)._asdict()

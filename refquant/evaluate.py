@@ -1,0 +1,109 @@
+"""Judge a model by what it draws: against the float model's images, and against real digits.
+
+Three questions, all from the same starting noise:
+
+* how far are the quantized model's images from the float model's (`refquant.metrics.psnr`), and how
+  does the difference grow from step to step;
+* how far is the cloud of its images from the training set, as a small classifier trained here sees
+  it (Frechet distance on that classifier's features; *not* the Inception FID of the literature);
+* how many of its images does that classifier recognise with confidence above 0.9.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .diffusion.ddim import ddim_sample
+from .diffusion.denoiser import NoisePredictor
+from .diffusion.model import DiffusionModel, load_classifier
+from .diffusion.sampling import Images, NoiseSource, StepState
+from .errors import RangeError
+from .metrics import FeatureStats, feature_stats, frechet_distance, mse
+
+BATCH = 64  # images sampled at a time: bounds memory, and is part of what "the same bits" means
+CONFIDENT = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Images and the path they took.
+
+    Attributes
+    ----------
+    images : float32 array, (N, C, H, W)
+    path : float32 array, (steps, N, C, H, W), or None
+        x after every step, if it was asked for.
+    seconds : float
+        Wall-clock time of the sampling.
+    """
+
+    images: Images
+    path: NDArray[np.float32] | None
+    seconds: float
+
+
+def sample_run(
+    eps: NoisePredictor,
+    model: DiffusionModel,
+    count: int,
+    *,
+    steps: int,
+    seed: int,
+    keep_path: bool = False,
+    on_step: Callable[[StepState], None] | None = None,
+) -> Run:
+    """Draw `count` images with DDIM (eta 0, uniform), in batches of 64; `on_step` follows the progress."""
+    began = time.perf_counter()
+    images, paths = [], []
+    for first in range(0, count, BATCH):
+        noise = NoiseSource(seed, min(BATCH, count - first), model.image_shape, first)
+        path: list[Images] = []
+
+        def follow(state: StepState, path: list[Images] = path) -> None:
+            if keep_path:
+                path.append(state.x)
+            if on_step is not None:
+                on_step(state)
+
+        images.append(ddim_sample(eps, noise.draw(), model.schedule, noise, steps=steps, callback=follow))
+        if keep_path:
+            paths.append(np.stack(path))
+    together = np.concatenate(images)
+    if not np.isfinite(together).all():
+        raise RangeError("sampling gave NaN or infinity: the weights are damaged. Take the checkpoint from its source again.")
+    return Run(together, np.concatenate(paths, axis=1) if paths else None, time.perf_counter() - began)
+
+
+def per_step_error(run: Run, reference: Run) -> NDArray[np.float64]:
+    """Mean squared difference of x after each step, (steps,); both runs must have kept their paths."""
+    if run.path is None or reference.path is None:
+        raise RangeError("per_step_error: both runs must be made with keep_path=True.")
+    return np.array([mse(a, b) for a, b in zip(run.path, reference.path, strict=True)])
+
+
+class Judge:
+    """The shipped classifier with the feature statistics of its training set.
+
+    Parameters
+    ----------
+    name : str
+        Asset name or path of a classifier.
+    """
+
+    def __init__(self, name: str = "mnist-classifier") -> None:
+        self.classifier, reference, self.metadata = load_classifier(name)
+        self.reference = FeatureStats(reference["mean"], reference["cov"], int(self.metadata["reference_count"]))
+
+    def frechet(self, images: Images) -> float:
+        """Frechet distance of the images' features (N, F) to the training set's, N >= 2."""
+        stats = feature_stats(self.classifier.judge(images)[0])
+        return frechet_distance(stats.mean, stats.cov, self.reference.mean, self.reference.cov)
+
+    def confident(self, images: Images) -> float:
+        """Share of the images whose most probable class has a probability above 0.9."""
+        return float(np.mean(self.classifier.judge(images)[1].max(axis=1) > CONFIDENT))
