@@ -75,7 +75,9 @@ def sample_run(
             paths.append(np.stack(path))
     together = np.concatenate(images)
     if not np.isfinite(together).all():
-        raise RangeError("sampling gave NaN or infinity: the weights are damaged. Take the checkpoint from its source again.")
+        raise RangeError(
+            "sampling gave NaN or infinity: the weights are damaged. Take the checkpoint from its source again."
+        )
     return Run(together, np.concatenate(paths, axis=1) if paths else None, time.perf_counter() - began)
 
 

@@ -78,9 +78,7 @@ class Checkpoint:
     metadata: dict[str, Any]
 
 
-def save(
-    path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]
-) -> None:
+def save(path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint: the whole of it, or nothing.
 
     Equal content gives equal bytes. A reader sees the old file or the new one, never a part of either,
@@ -218,8 +216,7 @@ def write_atomically(
     except OSError as problem:
         remedy = _REMEDY.get(problem.errno or 0, "Choose another file name.")
         raise error(
-            f"{target}: not written, {problem.strerror or problem}. {remedy} "
-            "What was there before is unchanged."
+            f"{target}: not written, {problem.strerror or problem}. {remedy} What was there before is unchanged."
         ) from problem
 
 
@@ -230,8 +227,7 @@ def _check_storable(path: object, name: str, array: NDArray[Any]) -> None:
     if not isinstance(array, np.ndarray) or array.dtype.name not in _DTYPES:
         what = f"has dtype {array.dtype}" if isinstance(array, np.ndarray) else f"is a {type(array).__name__}"
         raise CheckpointError(
-            f"{path}: tensor '{name}' {what}; allowed are NumPy arrays of "
-            f"{', '.join(_DTYPES)}. Convert it first."
+            f"{path}: tensor '{name}' {what}; allowed are NumPy arrays of {', '.join(_DTYPES)}. Convert it first."
         )
     bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:
@@ -273,18 +269,14 @@ def _sum_field(digits: str) -> bytes:
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if not os.path.exists(path):
-        raise CheckpointError(
-            f"{path}: no such file. Check the path, or make a checkpoint with `refquant train`."
-        )
+        raise CheckpointError(f"{path}: no such file. Check the path, or make a checkpoint with `refquant train`.")
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise CheckpointError(f"{path}: is a folder or a device, not a file. Give a .safetensors file.")
     try:
         with open(path, "rb") as file:
             yield file
     except OSError as problem:
-        raise CheckpointError(
-            f"{path}: cannot be read, {problem.strerror}. Check its permissions."
-        ) from problem
+        raise CheckpointError(f"{path}: cannot be read, {problem.strerror}. Check its permissions.") from problem
 
 
 def _damaged(path: object, how: str) -> CheckpointError:
@@ -327,8 +319,7 @@ def _read_header(file: BinaryIO, path: object) -> tuple[dict[str, Any], int]:
         version = int(facts["format_version"])
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: has format {version}, this refquant reads {FORMAT_VERSION}. "
-                "Upgrade: pip install -U refquant"
+                f"{path}: has format {version}, this refquant reads {FORMAT_VERSION}. Upgrade: pip install -U refquant"
             )
         metadata = {key: text if key in RESERVED else json.loads(text) for key, text in facts.items()}
         metadata["format_version"] = version

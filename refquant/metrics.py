@@ -246,9 +246,7 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
     mu1, mu2 = _pair("frechet_distance", mu1, mu2)
     sigma1, sigma2 = _pair("frechet_distance", sigma1, sigma2)
     if mu1.ndim != 1 or sigma1.shape != 2 * mu1.shape:
-        raise ShapeError(
-            f"frechet_distance: given means {mu1.shape}, covariances {sigma1.shape}; wanted (D,), (D, D)."
-        )
+        raise ShapeError(f"frechet_distance: given means {mu1.shape}, covariances {sigma1.shape}; wanted (D,), (D, D).")
     shift = mu1 - mu2
     roots = np.linalg.svd(_symmetric_root(sigma1) @ _symmetric_root(sigma2), compute_uv=False)
     distance = shift @ shift + np.trace(sigma1) + np.trace(sigma2) - 2.0 * roots.sum()

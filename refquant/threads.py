@@ -36,7 +36,7 @@ def get_threads() -> int:
     text = os.environ.get("REFQUANT_NUM_THREADS")
     if text is None:
         return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise RangeError(f"REFQUANT_NUM_THREADS is {text!r}; it must be a whole number from 1. Unset it or correct it.")
     return int(text)
 

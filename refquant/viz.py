@@ -39,9 +39,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("-", "--", "-.", ":")  # a second cue beside the colour, for prints in grey
 
 
-def image_grid(
-    images: ArrayLike, columns: int | None = None, pad: int = 2, scale: int = 1
-) -> NDArray[np.uint8]:
+def image_grid(images: ArrayLike, columns: int | None = None, pad: int = 2, scale: int = 1) -> NDArray[np.uint8]:
     """Tile images, left to right and top to bottom, on white.
 
     Parameters

@@ -111,7 +111,8 @@ def check_gradients(
             if not abs(a - n) <= allowed:  # also true for nan
                 raise GradientError(
                     f"{name}: the gradient with respect to input {number} {leaf.shape} is wrong {where}: "
-                    f"analytic {a:.12g}, numeric {n:.12g}; they differ by {abs(a - n):.3g} and may by {allowed:.3g}. "
+                    f"analytic {a:.12g}, numeric {n:.12g}; they differ by {abs(a - n):.3g} "
+                    f"and may differ by {allowed:.3g}. "
                     "Compare the vjp with the derivative of the formula above it."
                 )
 
@@ -121,7 +122,7 @@ def _leaf(x: Tensor | ArrayLike, number: int) -> Tensor:
         return Tensor(np.array(x, dtype=np.float64), requires_grad=True)
     if x.dtype != np.float64 or not x.requires_grad:
         raise ShapeError(
-            f"check_gradients: input {number} is {x!r}; a Tensor must be float64 and have requires_grad=True. "
+            f"check_gradients: input {number} is {x!r}; a Tensor must be float64 with requires_grad=True. "
             "Use Module.astype(np.float64), or pass an array."
         )
     return x

@@ -37,7 +37,9 @@ Array = NDArray[Any]
 def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     """y = x wᵀ + b with x (..., C), w (O, C), b (O,); y (..., O). A 1x1 convolution is this, too."""
     if x.shape[-1] != w.shape[1]:
-        raise ShapeError(f"linear: w {w.shape} (O, C) takes {w.shape[1]} input features, x {x.shape} has {x.shape[-1]}.")
+        raise ShapeError(
+            f"linear: w {w.shape} (O, C) takes {w.shape[1]} input features, x {x.shape} has {x.shape[-1]}."
+        )
     x2 = x.data.reshape(-1, w.shape[1])
     y = x2 @ w.data.T
     y += b.data
@@ -67,9 +69,7 @@ def unfold(x: Array, kh: int, kw: int, stride: int, pads: tuple[int, int, int, i
 
 
 @op
-def conv2d(
-    x: Tensor, w: Tensor, b: Tensor, stride: int = 1, pads: tuple[int, int, int, int] = (1, 1, 1, 1)
-) -> Tensor:
+def conv2d(x: Tensor, w: Tensor, b: Tensor, stride: int = 1, pads: tuple[int, int, int, int] = (1, 1, 1, 1)) -> Tensor:
     """2-D convolution (cross-correlation, as everywhere in this field).
 
     x (N, H, W, C), w (O, kh, kw, C), b (O,) -> (N, Ho, Wo, O). The vjp unfolds the gradient g

@@ -28,17 +28,13 @@ def unbroadcast(g: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
 @op
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b."""
-    return Tensor(
-        a.data + b.data, (a, b), lambda g: (unbroadcast(g, a.shape), unbroadcast(g, b.shape))
-    )
+    return Tensor(a.data + b.data, (a, b), lambda g: (unbroadcast(g, a.shape), unbroadcast(g, b.shape)))
 
 
 @op
 def sub(a: Tensor, b: Tensor) -> Tensor:
     """a - b."""
-    return Tensor(
-        a.data - b.data, (a, b), lambda g: (unbroadcast(g, a.shape), unbroadcast(-g, b.shape))
-    )
+    return Tensor(a.data - b.data, (a, b), lambda g: (unbroadcast(g, a.shape), unbroadcast(-g, b.shape)))
 
 
 @op
@@ -90,9 +86,7 @@ def reshape(a: Tensor, shape: Sequence[int]) -> Tensor:
 @op
 def transpose(a: Tensor, axes: Sequence[int]) -> Tensor:
     """Permute the axes."""
-    return Tensor(
-        np.ascontiguousarray(a.data.transpose(axes)), (a,), lambda g: (g.transpose(np.argsort(axes)),)
-    )
+    return Tensor(np.ascontiguousarray(a.data.transpose(axes)), (a,), lambda g: (g.transpose(np.argsort(axes)),))
 
 
 @op

@@ -57,7 +57,7 @@ def run(what: str, network: str, batch: int, repeats: int, seed: int) -> dict[st
         outputs = Denoiser(model)(x, 500, 0)
         for name, layout in torch_unet.LAYOUTS.items():
             peer = torch_unet.build(model, layout, get_threads())
-            difference = float(np.abs(torch_unet.forward(peer, x, 500, layout)() .numpy() - outputs).max())
+            difference = float(np.abs(torch_unet.forward(peer, x, 500, layout)().numpy() - outputs).max())
             if difference > TOLERANCE * max(1.0, float(np.abs(outputs).max())):
                 raise RefquantError(f"bench: {name} and refquant differ by {difference:.2g}; nothing was timed.")
             make = torch_unet.forward if what == "unet" else torch_unet.update

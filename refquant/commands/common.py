@@ -65,7 +65,9 @@ def apply_common(args: argparse.Namespace) -> None:
     if args.isa is not None:
         kernels.use(args.isa)
     if getattr(args, "out", None) is not None and not args.out.parent.is_dir():
-        raise RefquantError(f"{args.out}: there is no folder {args.out.parent}. Make it first, or choose another --out.")
+        raise RefquantError(
+            f"{args.out}: there is no folder {args.out.parent}. Make it first, or choose another --out."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,9 @@ def open_model(name: str) -> Opened:
 
 def progress(total: int, label: str, args: argparse.Namespace) -> tqdm[Any]:
     """Return a progress bar on standard error; silent with --quiet and where that is no terminal."""
-    return tqdm(total=total, desc=label, unit="step", disable=True if args.quiet else None, file=sys.stderr, leave=False)
+    return tqdm(
+        total=total, desc=label, unit="step", disable=True if args.quiet else None, file=sys.stderr, leave=False
+    )
 
 
 def say(args: argparse.Namespace, text: str) -> None:
@@ -108,7 +112,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns of equal width; the first is aligned left, the others right."""
     widths = [max(len(str(row[i])) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, ["-" * w for w in widths], *rows):
-        cells = [str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        cells = [
+            str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
 
 

@@ -23,7 +23,9 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
     p.add_argument("-n", type=int, default=1000, metavar="N", help="images of each run")
-    p.add_argument("--runs", type=int, default=3, metavar="R", help="runs, with seeds S, S+1, ...; they give the spread")
+    p.add_argument(
+        "--runs", type=int, default=3, metavar="R", help="runs, with seeds S, S+1, ...; they give the spread"
+    )
     p.add_argument("--steps", type=int, default=50, metavar="K", help="DDIM steps")
     p.add_argument("--reference", metavar="MODEL", help="float model to compare with, from the same noise (PSNR)")
     p.add_argument("--judge", default="mnist-classifier", metavar="MODEL", help="classifier whose features are used")

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     state = args.out.with_name(args.out.name + ".state")
     resumed = state.exists()
-    say(args, f"{'resuming' if resumed else 'training'} {args.network} on {dataset.name}, {setting()}; state in {state}")
+    say(
+        args, f"{'resuming' if resumed else 'training'} {args.network} on {dataset.name}, {setting()}; state in {state}"
+    )
     began = time.perf_counter()
     rng = np.random.default_rng(cfg.seed)
     facts: dict[str, Any] = {"data": dataset.name, "fit": vars(cfg), "images_seen": cfg.steps * cfg.batch}
@@ -75,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
         model.save(args.out)
         result = f"loss {facts['loss']:.4f}"
     state.unlink(missing_ok=True)
-    print(f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {time.perf_counter() - began:.0f} s")
+    print(
+        f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {time.perf_counter() - began:.0f} s"
+    )
     return 0
 
 

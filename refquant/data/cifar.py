@@ -80,8 +80,7 @@ def _parse_batch(blob: bytes, origin: str) -> tuple[NDArray[np.uint8], NDArray[n
         images, labels = batch[b"data"].values, batch[b"labels"]
     except Exception as error:  # damage makes a pickle run astray, and so raise nearly anything
         raise DataError(
-            f"{origin} is no batch of CIFAR-10 ({type(error).__name__}: {error}); {allowed}; "
-            "fetch the archive again"
+            f"{origin} is no batch of CIFAR-10 ({type(error).__name__}: {error}); {allowed}; fetch the archive again"
         ) from error
     if (
         not isinstance(labels, list)

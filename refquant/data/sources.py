@@ -170,9 +170,7 @@ def _root(root: str | os.PathLike[str] | None) -> Path:
     folder = os.path.expanduser(given)
     if not os.path.isdir(folder):  # not created: the name may be mistyped
         origin = "root" if root is not None else VARIABLE
-        raise DataError(
-            f"{origin} is {folder!r}; needed is an existing folder; create it or correct {origin}"
-        )
+        raise DataError(f"{origin} is {folder!r}; needed is an existing folder; create it or correct {origin}")
     return Path(folder)
 
 

@@ -41,7 +41,7 @@ def ddpm_sample(
         For the noise of each step.
     variance : {"posterior", "beta"}
         sigma_t² = beta_t (1 - ab_{t-1}) / (1 - ab_t), right for data that is a point, or beta_t, right
-        for Gaussian data: the two extremes of section 3.2.
+        for data that is N(0, I): the two extremes of section 3.2.
     clip : bool
         Clip the predicted image to [-1, 1] at each step, as the authors' code does.
     callback : callable, optional

@@ -38,7 +38,9 @@ class Schedule:
         if self.betas.dtype != np.float64 or self.betas.ndim != 1 or len(self.betas) == 0:
             raise RangeError("Schedule: betas must be a float64 vector with at least one step.")
         if not (np.all(self.betas > 0) and np.all(self.betas < 1)):
-            raise RangeError(f"Schedule {self.name}: betas must lie in (0, 1), got {self.betas.min()}..{self.betas.max()}.")
+            raise RangeError(
+                f"Schedule {self.name}: betas must lie in (0, 1), got {self.betas.min()}..{self.betas.max()}."
+            )
 
     @property
     def timesteps(self) -> int:
@@ -58,7 +60,9 @@ class Schedule:
         """Variance of q(x_{t-1} | x_t, x_0), DDPM eq. 7: beta_t (1 - ab_{t-1}) / (1 - ab_t); 0 at t = 0."""
         return float(self.betas[t] * (1 - self.alpha_bar_at(t - 1)) / (1 - self.alpha_bar_at(t)))
 
-    def q_sample(self, x_0: NDArray[np.float32], t: NDArray[np.integer], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+    def q_sample(
+        self, x_0: NDArray[np.float32], t: NDArray[np.integer], noise: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
         """x_t = sqrt(ab_t) x_0 + sqrt(1 - ab_t) noise (DDPM eq. 4); x_0, noise (N, ...), t (N,)."""
         ab = self.alpha_bar[t].reshape(-1, *(1,) * (x_0.ndim - 1))
         return np.sqrt(ab).astype(x_0.dtype) * x_0 + np.sqrt(1 - ab).astype(x_0.dtype) * noise

@@ -24,7 +24,5 @@ if lib is not None and lib.rq_abi_version() != ABI_VERSION:
     )
 
 ROWS: dict[str, int] = (
-    {}
-    if lib is None
-    else {ffi.string(lib.rq_kernel_name(row)).decode(): row for row in range(lib.rq_kernel_count())}
+    {} if lib is None else {ffi.string(lib.rq_kernel_name(row)).decode(): row for row in range(lib.rq_kernel_count())}
 )

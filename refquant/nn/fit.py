@@ -105,13 +105,15 @@ class Updater:
         self._gradient = np.empty_like(self.weights)
         self._parameters = module.parameters()
 
+    @np.errstate(over="ignore", invalid="ignore")  # a diverging run is told once, by the RangeError below
     def step(self, chunks: Sequence[Any], loss: Callable[[Any], Tensor], step: int) -> float:
         """Differentiate the chunks on the worker threads, update the weights, return the batch's mean loss."""
         cfg, gradient = self.cfg, self._gradient
 
         def differentiate(chunk: Chunk) -> tuple[float, list[np.ndarray]]:
-            value = loss(chunk)
-            return value.item(), gradients(value, self._parameters)
+            with np.errstate(over="ignore", invalid="ignore"):  # a setting of each thread
+                value = loss(chunk)
+                return value.item(), gradients(value, self._parameters)
 
         total, mean = sum(len(c) for c in chunks), 0.0
         gradient[:] = 0
@@ -188,7 +190,9 @@ def fit(
             io.save(state, {**updater.vectors, **curve}, {"kind": "train-state", "step": step, **identity})
 
     saved = time.monotonic()
-    bar = tqdm(total=cfg.steps, initial=first, desc=label, unit="step", disable=True if quiet else None, file=sys.stderr)
+    bar = tqdm(
+        total=cfg.steps, initial=first, desc=label, unit="step", disable=True if quiet else None, file=sys.stderr
+    )
     with bar:
         for step in range(first, cfg.steps):
             losses.append(updater.step(batch(step), loss, step))

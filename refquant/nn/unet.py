@@ -191,9 +191,7 @@ class TimeMLP(Module):
 
     def __call__(self, t: NDArray[np.integer]) -> Tensor:
         """t (N,) -> (N, 4 channels)."""
-        dtype = self.dense[0].weight.dtype
-        sinusoid = Tensor(timestep_embedding(t, self.channels).astype(dtype, copy=False))
-        return self.dense[1](ops.silu(self.dense[0](sinusoid)))
+        return self.dense[1](ops.silu(self.dense[0](Tensor(timestep_embedding(t, self.channels)))))
 
 
 class Middle(Module):
@@ -277,7 +275,9 @@ class UNet(Module):
         cfg = self.cfg
         want = (cfg.image_size, cfg.image_size, cfg.image_channels)
         if x.ndim != 4 or x.shape[1:] != want or np.shape(t) != x.shape[:1]:
-            raise ShapeError(f"UNet: wants x (N, {want[0]}, {want[1]}, {want[2]}) and t (N,), got x {x.shape}, t {np.shape(t)}.")
+            raise ShapeError(
+                f"UNet: wants x (N, {want[0]}, {want[1]}, {want[2]}) and t (N,), got x {x.shape}, t {np.shape(t)}."
+            )
         temb = ops.silu(self.temb(t))
         h = self.conv_in(x)
         skips = [h]
