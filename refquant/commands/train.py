@@ -77,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
         model.save(args.out)
         result = f"loss {facts['loss']:.4f}"
     state.unlink(missing_ok=True)
-    print(
-        f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {time.perf_counter() - began:.0f} s"
-    )
+    seconds = time.perf_counter() - began
+    print(f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {seconds:.0f} s")
     return 0
 
 
