@@ -11,11 +11,13 @@ computed does not depend on how many threads there are or on timing.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
 
@@ -26,6 +28,10 @@ R = TypeVar("R")
 
 _threads: int | None = None
 _controller: ThreadpoolController | None = None
+_lock = threading.Lock()  # of the four below and the controller
+_inside = 0
+_limit: Any = None
+_worker = threading.local()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
@@ -52,25 +58,49 @@ def set_threads(n: int | None) -> None:
 def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Apply `function` to every item on the worker threads, results in the order of the items.
 
-    BLAS runs single-threaded inside when there is more than one item; a single item runs in the
-    calling thread and may use BLAS' own threads.
+    BLAS runs on one thread meanwhile, also for a single item, so that its sums have one order whatever
+    `set_threads` says. A call from inside a worker runs its items one after another.
     """
     todo = list(items)
-    threads = get_threads()
-    with _blas_limited_to(threads if len(todo) == 1 else 1):
-        if threads == 1 or len(todo) == 1:
+    nested = getattr(_worker, "busy", False)
+    with _single_threaded_blas():
+        if nested or get_threads() == 1 or len(todo) == 1:
             return [function(item) for item in todo]
-        return list(_pool(threads).map(function, todo))
+        return list(_pool(get_threads()).map(_as_worker, itertools.repeat(function), todo))
 
 
-def _blas_limited_to(n: int) -> AbstractContextManager[object]:
-    global _controller
-    if _controller is None:  # finding the loaded BLAS takes milliseconds, setting its limit microseconds
-        _controller = ThreadpoolController()
-    return _controller.limit(limits=n, user_api="blas")
+def _as_worker(function: Callable[[T], R], item: T) -> R:
+    _worker.busy = True
+    try:
+        return function(item)
+    finally:
+        _worker.busy = False
+
+
+@contextmanager
+def _single_threaded_blas() -> Iterator[None]:
+    """Hold BLAS to one thread while any thread of the process is inside; the last one out restores it.
+
+    OpenBLAS obeys the main thread; asked by another it may keep its threads, which costs time only.
+    """
+    global _controller, _inside, _limit
+    with _lock:
+        if _controller is None:  # finding the loaded BLAS takes milliseconds, setting its limit microseconds
+            _controller = ThreadpoolController()
+        if _inside == 0:
+            _limit = _controller.limit(limits=1, user_api="blas")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _limit.restore_original_limits()
 
 
 def _pool(n: int) -> ThreadPoolExecutor:
-    if n not in _pools:
-        _pools[n] = ThreadPoolExecutor(n, thread_name_prefix="refquant")
-    return _pools[n]
+    with _lock:
+        if n not in _pools:
+            _pools[n] = ThreadPoolExecutor(n, thread_name_prefix="refquant")
+        return _pools[n]

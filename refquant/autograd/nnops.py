@@ -47,7 +47,8 @@ def linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     def vjp(g: Array) -> tuple[Array | None, ...]:
         g2 = g.reshape(-1, w.shape[0])
         dx = (g2 @ w.data).reshape(x.shape) if x.requires_grad else None
-        return dx, g2.T @ x2, g2.sum(axis=0)
+        dw = g2.T @ x2 if w.requires_grad else None
+        return dx, dw, g2.sum(axis=0)
 
     return Tensor(y.reshape(*x.shape[:-1], w.shape[0]), (x, w, b), vjp)
 
@@ -110,6 +111,8 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor, stride: int = 1, pads: tuple[int, in
         v = unfold(g, kh, kw, 1, back)  # (N*H*W, kh*kw*O)
         flipped = w.data[:, ::-1, ::-1].transpose(1, 2, 0, 3).reshape(kh * kw * o, c)
         dx = (v @ flipped).reshape(x.shape)
+        if not w.requires_grad:
+            return dx, None, db
         dw = (x.data.reshape(-1, c).T @ v).reshape(c, kh, kw, o)[:, ::-1, ::-1].transpose(3, 1, 2, 0)
         return dx, dw, db
 
@@ -134,6 +137,8 @@ def _sum_pixels(rows: Array, channels: int) -> Array:
 def add_channels(x: Tensor, e: Tensor) -> Tensor:
     """x (N, H, W, C) + e (N, C) at every pixel: how a time embedding enters a ResBlock."""
     n, h, w, c = x.shape
+    if e.shape != (n, c):
+        raise ShapeError(f"add_channels: x {x.shape} NHWC wants e of shape {(n, c)}, got {e.shape}.")
     y = x.data.reshape(n, h, w * c) + _per_row(e.data, w)
     return Tensor(y.reshape(x.shape), (x, e), lambda g: (g, _sum_pixels(g.reshape(n, h, w * c), c)))
 

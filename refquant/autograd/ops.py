@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import ShapeError
 from .tensor import Tensor, as_tensor, op
 
 
@@ -50,6 +51,7 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 @op
 def scale(a: Tensor, c: float) -> Tensor:
     """c * a for a Python number c (keeps the dtype of `a`)."""
+    c = a.dtype.type(c)  # NumPy 1 would make a float64 of a scalar float32 times a Python number
     return Tensor(a.data * c, (a,), lambda g: (g * c,))
 
 
@@ -69,7 +71,8 @@ def exp(a: Tensor) -> Tensor:
 @op
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product over the last two axes; leading axes must agree (no broadcasting of batches)."""
-    assert a.shape[:-2] == b.shape[:-2], f"matmul: batch axes differ: {a.shape} and {b.shape}"
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-1] != b.shape[-2]:
+        raise ShapeError(f"matmul: {a.shape} and {b.shape} do not fit; wants (..., M, K) and (..., K, N).")
     return Tensor(
         a.data @ b.data,
         (a, b),
@@ -109,7 +112,8 @@ def sum_all(a: Tensor) -> Tensor:
 @op
 def mean_all(a: Tensor) -> Tensor:
     """Mean of all elements, a scalar."""
-    return Tensor(a.data.mean(), (a,), lambda g: (np.broadcast_to(g / a.data.size, a.shape),))
+    size = a.dtype.type(a.data.size)  # not an int: see `scale`
+    return Tensor(a.data.mean(), (a,), lambda g: (np.broadcast_to(g / size, a.shape),))
 
 
 @op

@@ -38,7 +38,10 @@ def is_recording() -> bool:
 
 @contextmanager
 def no_grad() -> Iterator[None]:
-    """Within this block (and this thread) operations compute values only; no graph is built."""
+    """Within this block operations compute values only; no graph is built.
+
+    It holds for the calling thread: enter it inside a function that worker threads run, not around it.
+    """
     before = is_recording()
     _state.recording = False
     try:
@@ -175,7 +178,8 @@ def gradients(loss: Tensor, wrt: Sequence[Tensor]) -> list[NDArray[Any]]:
     Returns
     -------
     list of ndarray
-        One array per entry of `wrt`, of its shape; zeros where `loss` does not depend on it.
+        One array per entry of `wrt`, of its shape; zeros where `loss` does not depend on it. Not to be
+        written into: entries may share memory with each other or with the tape.
 
     Raises
     ------

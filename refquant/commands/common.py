@@ -19,7 +19,7 @@ from .. import io, kernels
 from .._version import __version__
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import DiffusionModel, find, load_model
-from ..errors import CheckpointError, RefquantError
+from ..errors import CheckpointError, RangeError, RefquantError
 from ..quant.quantized import load_quantized
 from ..threads import get_threads, set_threads
 
@@ -61,6 +61,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def apply_common(args: argparse.Namespace) -> None:
     """Set threads and instruction set as the options say; raise before any work if they cannot be obeyed."""
+    if getattr(args, "seed", 0) < 0:
+        raise RangeError(f"--seed is {args.seed}; it must be at least 0.")
     set_threads(args.threads)
     if args.isa is not None:
         kernels.use(args.isa)

@@ -9,6 +9,7 @@ holds easy and hard time-steps in equal parts.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def train(
         recipe={
             "network": model.cfg.to_json(),
             "data": data.name,
+            "data_sha256": hashlib.sha256(np.ascontiguousarray(data.images)).hexdigest(),
             "schedule": schedule.name,
             "timesteps": schedule.timesteps,
         },

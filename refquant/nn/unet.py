@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..autograd import Tensor, nnops, ops
-from ..errors import CheckpointError, ShapeError, UnknownNameError
+from ..errors import CheckpointError, RangeError, ShapeError, UnknownNameError
 from .layers import Conv2d, Dropout, GroupNorm, Linear
 from .module import Module
 
@@ -63,6 +63,19 @@ class UNetConfig:
     groups: int
     dropout: float
 
+    def __post_init__(self) -> None:
+        for name in ("image_size", "image_channels", "channels", "multipliers", "blocks", "groups"):
+            value = getattr(self, name)
+            for number in value if name == "multipliers" else (value,):
+                if not isinstance(number, int) or number < 1:
+                    raise RangeError(f"UNetConfig: {name} is {value!r}; whole numbers from 1 are needed.")
+        if not all(isinstance(r, int) for r in self.attention):
+            raise RangeError(f"UNetConfig: attention is {self.attention!r}; it must list resolutions.")
+        if not self.multipliers or not 0 <= self.dropout < 1:
+            raise RangeError("UNetConfig: at least one multiplier, and a dropout of at least 0 and below 1 are needed.")
+        if self.channels % 2 or self.channels < 4:
+            raise RangeError(f"UNetConfig: channels is {self.channels}; sinusoids need an even number from 4.")
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return asdict(self)
@@ -72,7 +85,7 @@ class UNetConfig:
         """Build from `to_json`'s result; raise CheckpointError if fields are missing or unknown."""
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-        except TypeError as error:
+        except (TypeError, AttributeError, RangeError) as error:
             raise CheckpointError(f"not the configuration of a UNet: {error}.") from None
 
 

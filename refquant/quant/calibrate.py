@@ -11,19 +11,21 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..diffusion.ddim import ddim_sample
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import DiffusionModel
 from ..diffusion.sampling import Images, NoiseSource
 from ..errors import RangeError
+from ..threads import parallel_map
 from .observers import RangeObserver
 from .wrap import wrap
 
 # Values kept per layer for the mse search. 80 candidates on 16,384 values take 80 ms a layer, and the
 # error of a candidate is then known to 1 %, less than neighbouring candidates of the grid differ.
 SAMPLE_SIZE = 16384
+
+CHUNK = 8  # images a worker thread records at a time
 
 
 @dataclass(frozen=True)
@@ -67,20 +69,32 @@ def observe_inputs(model: DiffusionModel, cfg: CalibrationConfig) -> dict[str, R
 
     Notes
     -----
-    The batch runs as one chunk, so the order in which an observer sees values is fixed.
+    The worker threads record chunks of the batch; the observers see them afterwards, in order, so that
+    what they keep does not depend on timing.
     """
-    network, layers = wrap(model.network)
+    _, layers = wrap(model.network)
     observers = {name: RangeObserver(sample_size=SAMPLE_SIZE, seed=cfg.seed + i) for i, name in enumerate(layers)}
-    denoiser = Denoiser(network, chunk=cfg.images)
-
-    def watch(name: str, x: NDArray[np.float32]) -> None:
-        observers[name].update(x)
 
     def eps(x: Images, t: int, step: int) -> Images:
-        for layer in layers.values():
-            layer.watcher = watch if step % cfg.every == 0 else None
-        return denoiser(x, t, step)
+        recordings = parallel_map(
+            lambda part: _record(model, part, t, step % cfg.every == 0),
+            [x[i : i + CHUNK] for i in range(0, len(x), CHUNK)],
+        )
+        for _, seen in recordings:
+            for name, value in seen:
+                observers[name].update(value)
+        return np.concatenate([e for e, _ in recordings])
 
     noise = NoiseSource(cfg.seed, cfg.images, model.image_shape)
     ddim_sample(eps, noise.draw(), model.schedule, noise, steps=cfg.steps)
     return observers
+
+
+def _record(model: DiffusionModel, x: Images, t: int, watch: bool) -> tuple[Images, list[tuple[str, Images]]]:
+    """Predict the noise in one chunk and, if asked, list every layer's name and input in order of execution."""
+    network, layers = wrap(model.network)
+    seen: list[tuple[str, Images]] = []
+    if watch:
+        for layer in layers.values():
+            layer.watcher = lambda name, value: seen.append((name, value))
+    return Denoiser(network, chunk=len(x))(x, t, 0), seen

@@ -1,0 +1,66 @@
+"""Noise predictors whose answers are known, and noise sources that a test controls. Shared by the sampler tests."""
+
+import numpy as np
+
+
+class GaussianEps:
+    """The exact noise predictor of data x_0 ~ N(m, s²), each pixel on its own.
+
+    x_t = sqrt(ab) x_0 + sqrt(1 - ab) e has variance v = ab s² + 1 - ab and Cov(e, x_t) = sqrt(1 - ab), so
+    E[e | x_t] = sqrt(1 - ab) / v (x_t - sqrt(ab) m). With s = 0 the data is the point m (an array will do), and
+    this is the very noise that was added to it.
+    """
+
+    def __init__(self, schedule, mean=0.0, std=1.0):
+        self.alpha_bar, self.mean, self.std = schedule.alpha_bar, mean, std
+
+    def __call__(self, x, t, step):
+        ab = self.alpha_bar[t]
+        v = ab * self.std**2 + 1 - ab
+        return (np.sqrt(1 - ab) / v * (x.astype(np.float64) - np.sqrt(ab) * self.mean)).astype(np.float32)
+
+
+class Silence:
+    """A noise source of zeros, which counts how often it was asked."""
+
+    def __init__(self, shape):
+        self.shape, self.drawn = shape, 0
+
+    def draw(self):
+        self.drawn += 1
+        return np.zeros(self.shape, np.float32)
+
+
+class Replay(Silence):
+    """A noise source that gives the listed draws, one after another."""
+
+    def __init__(self, draws):
+        super().__init__(np.shape(draws)[1:])
+        self.draws = np.asarray(draws, np.float32)
+
+    def draw(self):
+        self.drawn += 1
+        return self.draws[self.drawn - 1]
+
+
+class Impulses(Silence):
+    """Noise for linear systems: draw number k (from 0) is 1 for image k and 0 for all others."""
+
+    def draw(self):
+        z = super().draw()
+        z[self.drawn - 1] = 1
+        return z
+
+
+class Recorder:
+    """A callback that keeps every `StepState`, and what the sampler called the network with."""
+
+    def __init__(self, eps):
+        self.eps, self.calls, self.states = eps, [], []
+
+    def model(self, x, t, step):
+        self.calls.append((t, step, x))
+        return self.eps(x, t, step)
+
+    def __call__(self, state):
+        self.states.append(state)

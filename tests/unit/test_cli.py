@@ -1,0 +1,239 @@
+"""The command line: what each verb prints and writes, exit codes, and one clear line for every bad input."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from refquant import cli, io
+from refquant.diffusion.model import DiffusionModel, asset_names
+from refquant.diffusion.schedule import cosine
+from refquant.nn.unet import UNet, UNetConfig
+from refquant.viz import read_png_text
+
+TINY = UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0)
+shipped = pytest.mark.skipif(
+    not {"mnist-unet", "mnist-classifier"} <= set(asset_names()), reason="no checkpoints in refquant/assets"
+)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Path of a tiny float model with random weights."""
+    rng = np.random.default_rng(0)
+    network = UNet(TINY, rng)
+    for p in network.parameters():
+        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
+    path = tmp_path / "tiny.safetensors"
+    DiffusionModel("tiny", network, cosine(20)).save(path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Run a command in an empty folder; return exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        try:
+            code = cli.main([str(a) for a in arguments])
+        except SystemExit as stop:  # argparse
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def refused(result, *words):
+    """Exit code 2, nothing on stdout, one line on stderr with these words and no traceback."""
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("refquant ")]
+    assert code == 2 and out == "" and "Traceback" not in err
+    assert len(lines) == 1, err
+    for word in words:
+        assert word in lines[0], lines[0]
+    return True
+
+
+def test_help_of_every_verb_ends_with_an_example_that_parses(run):
+    for verb in cli.VERBS:
+        name = verb.__name__.rsplit(".", 1)[1]
+        code, out, _ = run(name, "--help")
+        assert code == 0
+        example = out.rstrip().splitlines()[-1].split()
+        assert example[:2] == ["refquant", name]
+        cli.parser().parse_args(example[1:])
+
+
+def test_shared_options_mean_the_same(run):
+    for name in ("demo", "sample", "train", "quantize", "evaluate", "bench"):
+        _, out, _ = run(name, "--help")
+        for option in ("--seed", "--threads", "--isa", "--quiet", "--debug"):
+            assert option in out, (name, option)
+
+
+def test_sample_is_reproducible_and_its_seed_matters(run, tiny):
+    for name, seed in (("a.npy", 1), ("b.npy", 1), ("c.npy", 2)):
+        code, out, _ = run("sample", tiny, "-n", 3, "--steps", 4, "--seed", seed, "--out", name)
+        assert code == 0 and name in out
+    a, b, c = (np.load(f"{x}.npy") for x in "abc")
+    assert a.shape == (3, 1, 8, 8) and a.dtype == np.float32 and abs(a).max() <= 1
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_sample_writes_its_parameters_into_the_picture(run, tiny):
+    run("sample", tiny, "-n", 2, "--steps", 3, "--eta", 0.5, "--seed", 9, "--out", "grid.png")
+    text = read_png_text("grid.png")
+    assert text["seed"] == "9" and text["steps"] == "3" and text["eta"] == "0.5" and "tiny" in text["model"]
+
+
+def test_sample_ddpm_takes_all_steps(run, tiny):
+    code, out, _ = run("sample", tiny, "-n", 1, "--sampler", "ddpm", "--variance", "beta", "--out", "x.npy")
+    assert code == 0 and "ddpm 20 steps" in out
+
+
+def test_quantize_then_sample_and_info(run, tiny):
+    common = ("--images", 2, "--steps", 4)
+    assert run("quantize", tiny, "--weight-bits", 4, "--out", "q.safetensors", *common)[0] == 0
+    code, out, _ = run("info", "q.safetensors")
+    assert code == 0 and '"weight_bits": 4' in out and '"method": "nearest"' in out
+    assert run("sample", "q.safetensors", "-n", 2, "--steps", 4, "--out", "q.npy")[0] == 0
+    run("sample", tiny, "-n", 2, "--steps", 4, "--out", "f.npy")
+    assert not np.array_equal(np.load("q.npy"), np.load("f.npy"))
+    assert refused(run("quantize", "q.safetensors", *common), "quantized", "unet")
+
+
+def test_train_writes_what_sample_reads(run):
+    options = ("--data", "shapes", "--steps", 2, "--batch", 4, "--chunk", 2, "--out", "m.safetensors")
+    code, out, _ = run("train", "mnist-unet", *options)
+    assert code == 0 and "2 steps of 4 images" in out
+    assert not os.path.exists("m.safetensors.state")  # finished: the state is of no more use
+    assert run("sample", "m.safetensors", "-n", 1, "--steps", 1, "--out", "m.npy")[0] == 0
+    code, out, _ = run("info", "m.safetensors", "--json", "m.json")
+    assert code == 0 and json.loads(Path("m.json").read_text())["data"] == "shapes"
+
+
+def test_info_describes_the_installation(run):
+    code, out, _ = run("info")
+    assert code == 0 and "numpy" in out and "blas" in out and "kernel in use" in out
+
+
+@shipped
+def test_demo_prints_a_table_and_writes_a_picture(run):
+    code, out, _ = run("demo", "-n", 2, "--steps", 2, "--out", "d.png", "--json", "d.json")
+    assert code == 0
+    rows = json.loads(Path("d.json").read_text())["rows"]
+    assert [r["bits"] for r in rows] == ["W32A32", "W8A8", "W4A8"]
+    sizes = [r["size_mb"] for r in rows]
+    assert sizes[0] > 3.5 * sizes[1] and sizes[1] > 1.6 * sizes[2]
+    assert rows[1]["psnr_db"] > rows[2]["psnr_db"] > 0
+    assert all(r["bits"] in out for r in rows) and read_png_text("d.png")["steps"] == "2"
+
+
+@shipped
+def test_evaluate_prints_spreads(run):
+    arguments = ("-n", 3, "--runs", 2, "--steps", 2, "--reference", "mnist-unet", "--json", "e.json")
+    code, out, _ = run("evaluate", "mnist-unet", *arguments)
+    assert code == 0 and "±" in out and "not the Inception FID" in out
+    found = json.loads(Path("e.json").read_text())
+    assert len(found["frechet"]) == 2 and found["psnr_db"] == [float("inf")] * 2
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_unknown_names(run, tmp_path):
+    assert refused(run("sample", "no-such-model"), "no-such-model", "refquant train")
+    assert refused(run("sample", tmp_path), "no model or file")
+    assert refused(run("train", "--data", "no-such-data"), "no-such-data", "mnist")
+    assert refused(run("info", "--isa", "no-such-isa"), "no-such-isa", "ref")
+    for arguments in (("train", "no-such-network"), ("quantize", "--method", "no-such-method"), ("no-such-verb",)):
+        code, out, err = run(*arguments)  # argparse lists the choices itself
+        assert code == 2 and out == "" and "Traceback" not in err and "no-such" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("-n", 0), ("-n is 0",)),
+        (("--steps", 0), ("steps is 0", "1 to 20")),
+        (("--steps", 21), ("steps is 21", "1 to 20")),
+        (("--eta", 1.5), ("eta is 1.5",)),
+        (("--threads", 0), ("threads is 0",)),
+        (("--seed", -1), ("--seed is -1",)),
+        (("--out", "x.jpg"), (".png", ".npy")),
+        (("--out", "missing/x.png"), ("no folder", "missing")),
+    ],
+)
+def test_numbers_and_paths_out_of_range(run, tiny, arguments, words):
+    assert refused(run("sample", tiny, *arguments), *words)
+
+
+def test_bits_out_of_range(run, tiny):
+    assert refused(run("quantize", tiny, "--weight-bits", 1, "--images", 1, "--steps", 1), "bits=1", "2 to 8")
+    assert refused(run("quantize", tiny, "--input-bits", 9, "--images", 1, "--steps", 1), "bits=9", "2 to 8")
+
+
+def test_damaged_checkpoints(run, tiny):
+    whole = tiny.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-7] ^= 4
+    for content in (whole[: len(whole) // 2], bytes(flipped), b"", b"\x80\x04\x95 pickle", b"PK\x03\x04 zip"):
+        tiny.write_bytes(content)
+        for verb in ("sample", "quantize", "info"):
+            if verb == "info" and content == bytes(flipped):
+                continue  # reads the header only, which is whole
+            assert refused(run(verb, tiny), "tiny.safetensors")
+
+
+def test_weights_that_do_not_fit_the_configuration(run, tiny):
+    found = io.load(tiny)
+    for network in ({**TINY.to_json(), "channels": 16}, {**TINY.to_json(), "blocks": 2}, {"channels": 8}):
+        io.save(tiny, found.tensors, {**found.metadata, "network": network})
+        assert refused(run("sample", tiny))
+
+
+def test_nan_weights_are_named(run, tiny, monkeypatch):
+    found = io.load(tiny)
+    found.tensors["conv_in.bias"][0] = np.nan
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "_check_storable", lambda *_: None)  # a file that another program wrote
+        io.save(tiny, found.tensors, found.metadata)
+    assert refused(run("sample", tiny), "conv_in.bias", "NaN")
+
+
+def test_missing_data_folder(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("REFQUANT_DATA", str(tmp_path / "nowhere"))
+    assert refused(run("train", "mnist-unet", "--data", "mnist"), "nowhere")
+
+
+def test_full_disk_leaves_nothing_half_written(run, tiny, monkeypatch, tmp_path):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "old.npy").write_bytes(b"old")
+    before = sorted(os.listdir(tmp_path))
+    monkeypatch.setattr(os, "fsync", full)
+    for arguments in (
+        ("sample", tiny, "-n", 1, "--steps", 1, "--out", "old.npy"),
+        ("sample", tiny, "-n", 1, "--steps", 1, "--out", "new.png"),
+        ("quantize", tiny, "--images", 1, "--steps", 1, "--out", "q.safetensors"),
+        ("train", "--data", "shapes", "--steps", 1, "--batch", 2, "--out", "m.safetensors"),
+    ):
+        assert refused(run(*arguments), "No space left")
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "old.npy").read_bytes() == b"old"
+
+
+def test_a_classifier_draws_nothing(run):
+    if "mnist-classifier" not in asset_names():
+        pytest.skip("no classifier in refquant/assets")
+    assert refused(run("sample", "mnist-classifier"), "classifier")
+
+
+def test_debug_shows_the_traceback(tiny):
+    with pytest.raises(Exception, match="no-such-model"):
+        cli.main(["sample", "no-such-model", "--debug"])
