@@ -8,6 +8,7 @@ and ``tests/property`` fails on it.
 ``round_half_even``    real -> integer-valued real, ties to the even neighbour
 ``saturate``           integer -> uint8 or int8, limited to [qmin, qmax]
 ``quantize_codes``     q = saturate(round(x / scale) + zero_point)
+``grid_codes``         the same, still as floats
 ``dequantize_codes``   x = scale * (q - zero_point)
 ``fixed_point``        real multiplier m -> (mantissa, shift) with m = mantissa * 2**-shift
 ``rounding_shift``     round(p / 2**shift), in integers only
@@ -118,10 +119,23 @@ def quantize_codes(x: FloatArray, scale: FloatArray, zero_point: IntArray, qmin:
             f"NaN at index {index} of an array of shape {x.shape} has no integer code; "
             "finite numbers and infinities are allowed: find where the NaN was made"
         )
+    return saturate(grid_codes(x, scale, zero_point, qmin, qmax), qmin, qmax)
+
+
+def grid_codes(x: FloatArray, scale: FloatArray, zero_point: IntArray, qmin: int, qmax: int) -> FloatArray:
+    """The codes of ``quantize_codes`` as integer-valued floats: what fake quantization computes with.
+
+    Parameters are those of ``quantize_codes``; NaN passes through instead of raising, so that a network's
+    inner layers need no extra pass over their inputs.
+
+    Returns
+    -------
+    array with the dtype of x / scale, shape of x
+    """
     with np.errstate(over="ignore"):  # a quotient beyond the float range is +-inf and saturates
         q = round_half_even(x / scale)
     q += zero_point.astype(q.dtype)  # the cast: int32 + float32 would be promoted to float64
-    return saturate(q, qmin, qmax)
+    return np.asarray(np.clip(q, qmin, qmax, out=q))
 
 
 def dequantize_codes(codes: IntArray, scale: FloatArray, zero_point: IntArray) -> FloatArray:

@@ -1,7 +1,7 @@
 """Fake quantization as an operation of the tape: floats on the grid, gradients straight through.
 
 Forward is exactly `refquant.quant.affine.fake_quantize` (a test holds them equal, bit for bit), in
-six passes over one buffer instead of a round trip through bytes: this is what every activation of
+five passes over one buffer instead of a round trip through bytes: this is what every activation of
 a simulated network goes through. Backward is the straight-through estimator,
 
     dx^/dx = 1 where qmin <= round(x / scale) + zero_point <= qmax, else 0      (both ends count as inside)
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import intmath
 from ..autograd.tensor import Tensor, op
 from ..errors import ShapeError
 from .affine import QParams
@@ -30,16 +31,13 @@ def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
     spec = qparams.spec
     if spec.axis is not None:
         raise ShapeError(f"fake_quant: activations take one scale for the tensor, got axis={spec.axis}.")
-    scale, zero = x.dtype.type(qparams.scale), x.dtype.type(qparams.zero_point)
-    q = x.data / scale
-    np.rint(q, out=q)
-    q += zero
-    inside = (q >= spec.qmin) & (q <= spec.qmax) if x.requires_grad else None
-    np.clip(q, spec.qmin, spec.qmax, out=q)
-    q -= zero
+    scale, zero = qparams.scale.astype(x.dtype), qparams.zero_point
+    q = intmath.grid_codes(x.data, scale, zero, spec.qmin, spec.qmax)
+    unclipped = np.rint(x.data / scale) + zero if x.requires_grad else None
+    q -= zero.astype(q.dtype)
     q *= scale
 
     def vjp(g: NDArray[Any]) -> tuple[NDArray[Any]]:
-        return (g * inside,)
+        return (g * ((unclipped >= spec.qmin) & (unclipped <= spec.qmax)),)
 
     return Tensor(q, (x,), vjp)

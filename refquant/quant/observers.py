@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refquant.errors import RangeError, ShapeError
-from refquant.intmath import round_half_even
-from refquant.quant.affine import QParams, QSpec, fake_quantize
+from refquant.intmath import grid_codes, round_half_even
+from refquant.quant.affine import QParams, QSpec
 
 SCALE_FLOOR = np.float32(1e-8)
 SHRINK = 1.0 - np.arange(80) * 0.01  # 1.00, 0.99, ... 0.21: the authors' grid, in their double arithmetic
@@ -284,16 +284,17 @@ def _search(
     if zero_in_range:
         low, high = np.minimum(low, 0), np.maximum(high, 0)
     scale, zero_point = _affine_map(SHRINK[:, None] * low, SHRINK[:, None] * high, spec)  # (80, C)
-    by_row = QSpec(spec.bits, spec.signed, spec.symmetric, axis=0)
-    candidates = [QParams(s, z, by_row) for s, z in zip(scale, zero_point, strict=True)]
-
     error = np.zeros(scale.shape)  # sums: the mean over a row has the same minimum
     width = max(1, BLOCK // rows.shape[0])
     for start in range(0, rows.shape[1], width):
         block = rows[:, start : start + width]
-        for i, candidate in enumerate(candidates):
-            distance = np.abs(fake_quantize(block, candidate) - block).astype(np.float64)
-            error[i] += (distance**power).sum(axis=1)
+        for i in range(len(SHRINK)):
+            s, z = scale[i, :, None], zero_point[i, :, None]
+            distance = grid_codes(block, s, z, spec.qmin, spec.qmax)
+            distance -= z.astype(np.float32)
+            distance *= s
+            distance -= block
+            error[i] += (np.abs(distance, out=distance).astype(np.float64) ** power).sum(axis=1)
 
     best, row = error.argmin(axis=0), np.arange(rows.shape[0])  # argmin takes the first, as "<" does
     return QParams(_per_spec(scale[best, row], spec), _per_spec(zero_point[best, row], spec), spec)
