@@ -12,7 +12,7 @@ from .._version import __version__
 from ..diffusion.denoiser import Denoiser, NoisePredictor
 from ..diffusion.model import load_model
 from ..errors import RangeError
-from ..evaluate import Judge, sample_run
+from ..evaluate import BATCH, Judge, Run, sample_run
 from ..metrics import psnr
 from ..quant.calibrate import CalibrationConfig, observe_inputs
 from ..quant.methods.nearest import quantize_nearest
@@ -42,20 +42,20 @@ def run(args: argparse.Namespace) -> int:
     model, judge = load_model("mnist-unet"), Judge()
     say(args, f"{model.name}: {args.n} images, DDIM {args.steps} steps, seed {args.seed}, {setting()}")
 
-    def draw(label: str, eps: NoisePredictor) -> Any:
-        with progress(-(-args.n // 64) * args.steps, label, args) as bar:
+    def draw(label: str, eps: NoisePredictor) -> Run:
+        with progress(-(-args.n // BATCH) * args.steps, label, args) as bar:
             return sample_run(eps, model, args.n, steps=args.steps, seed=args.seed, on_step=lambda _: bar.update())
 
     reference = draw("float32", Denoiser(model.network))
     rows: list[dict[str, Any]] = []
 
-    def judge_row(name: str, bits: str, size: int, run: Any, seconds: float) -> None:
+    def judge_row(name: str, bits: str, size: int, run: Run) -> None:
         rows.append({
             "method": name, "bits": bits, "size_mb": size / 1e6, "psnr_db": psnr(run.images, reference.images),
-            "frechet": judge.frechet(run.images), "recognised": judge.confident(run.images), "seconds": seconds,
+            "frechet": judge.frechet(run.images), "recognised": judge.confident(run.images), "seconds": run.seconds,
         })  # fmt: skip
 
-    judge_row("float32", "W32A32", 4 * model.network.parameter_count(), reference, reference.seconds)
+    judge_row("float32", "W32A32", 4 * model.network.parameter_count(), reference)
     pictures = [("float32", reference.images[:SHOWN])]
     began = time.perf_counter()
     calibration = CalibrationConfig(images=16, steps=args.steps)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         quantized = quantize_nearest(model, inputs, calibration, weight_bits=weight_bits, input_bits=input_bits)
         bits = f"W{weight_bits}A{input_bits}"
         made = draw(bits, quantized.denoiser())
-        judge_row("nearest", bits, quantized.size_bytes(), made, made.seconds)
+        judge_row("nearest", bits, quantized.size_bytes(), made)
         pictures.append((f"{bits} nearest\n{rows[-1]['psnr_db']:.1f} dB", made.images[:SHOWN]))
         pictures.append(("difference", difference_images(made.images[:SHOWN], reference.images[:SHOWN])))
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import load_model
 from ..errors import RangeError
-from ..evaluate import Judge, sample_run
+from ..evaluate import BATCH, Judge, per_step_error, sample_run
 from ..metrics import mean_and_spread, psnr
 from .common import add_verb, open_model, print_table, progress, say, setting, write_json
 
@@ -41,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
     opened = open_model(args.model)
     reference = load_model(args.reference) if args.reference else None
     say(args, f"{opened.description}, {setting()}")
+    errors: list[np.ndarray] = []
     numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "psnr_db": [], "seconds": []}
-    batches = -(-args.n // 64)
+    batches = -(-args.n // BATCH)
     with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
         for seed in range(args.seed, args.seed + args.runs):
             follow = lambda _: bar.update()  # noqa: E731
@@ -51,19 +53,22 @@ def run(args: argparse.Namespace) -> int:
             numbers["confident"].append(judge.confident(made.images))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
-                from ..diffusion.denoiser import Denoiser
-
                 eps = Denoiser(reference.network)
                 wanted = sample_run(eps, reference, args.n, steps=args.steps, seed=seed, on_step=follow)
                 numbers["psnr_db"].append(psnr(made.images, wanted.images))
+                errors.append(per_step_error(made, wanted))
     rows = [(key, _with_spread(values)) for key, values in numbers.items() if values]
+    steps = np.mean(errors, axis=0).tolist() if errors else []  # mean over runs of the error after each step
+    rows += [
+        (f"mse after step {k + 1}", f"{steps[k]:.2e}") for k in sorted({0, len(steps) // 2, len(steps) - 1}) if steps
+    ]
     print(f"{opened.description}: {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}")
     print_table(("measure", "mean ± std"), rows)
     real = judge.metadata["real_1000_frechet"]
     print(f"frechet: on the features of {args.judge}, not the Inception FID; "
           f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")  # fmt: skip
     write_json(args.json, {"model": opened.description, "n": args.n, "steps": args.steps, "seed": args.seed,
-                           "runs": args.runs, "real_1000_frechet": real, **numbers})  # fmt: skip
+                           "runs": args.runs, "real_1000_frechet": real, "per_step_mse": steps, **numbers})  # fmt: skip
     return 0
 
 
