@@ -114,3 +114,39 @@ def along(q, ndim):
     if q.spec.axis is not None:
         shape[q.spec.axis] = -1
     return q.scale.astype(np.float64).reshape(shape), q.zero_point.astype(np.int64).reshape(shape)
+
+
+# ---------------------------------------------------------------- integer kernels
+
+#: Lengths around the widths of registers: where a tail is handled, or forgotten.
+LANE_EDGES = (1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 130)
+
+
+def codes(dtype, shape):
+    """Arrays of bytes, half of whose elements are the corners at which sums saturate or signs flip."""
+    info = np.iinfo(dtype)
+    corners = [info.min, info.min + 1, -1, 0, 1, 127, 128, 254, info.max - 1, info.max]
+    legal = sorted({c for c in corners if info.min <= c <= info.max})
+    element = st.sampled_from(legal) | st.integers(int(info.min), int(info.max))
+    return hnp.arrays(dtype, shape, elements=element)
+
+
+@st.composite
+def strided(draw, array):
+    """The same values in another layout: C order, Fortran order, every second element, or reversed."""
+    kind = draw(st.sampled_from(["c", "fortran", "gaps", "offset", "reversed"]))
+    if kind == "fortran":
+        return np.asfortranarray(array)
+    if kind == "gaps":
+        wide = np.zeros(tuple(2 * n for n in array.shape), array.dtype)
+        view = wide[tuple(slice(None, None, 2) for _ in array.shape)]
+    elif kind == "offset":
+        wide = np.zeros(tuple(n + 3 for n in array.shape), array.dtype)
+        view = wide[tuple(slice(1, 1 + n) for n in array.shape)]
+    elif kind == "reversed":
+        wide = np.zeros(array.shape, array.dtype)
+        view = wide[..., ::-1]
+    else:
+        return array
+    view[...] = array
+    return view

@@ -26,7 +26,7 @@ from ..diffusion.model import DiffusionModel, find
 from ..diffusion.schedule import schedule
 from ..errors import CheckpointError
 from ..nn.unet import UNet, UNetConfig
-from ..ref.int4 import pack_int4, unpack_int4
+from ..ref import pack_int4, unpack_int4
 from .affine import QParams, QSpec
 from .wrap import QuantLayer, wrap
 
