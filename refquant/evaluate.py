@@ -54,9 +54,10 @@ def sample_run(
     *,
     steps: int,
     seed: int,
+    eta: float = 0.0,
     on_step: Callable[[StepState], None] | None = None,
 ) -> Run:
-    """Draw `count` images with DDIM (eta 0, uniform), in batches of 64; `on_step` follows the progress."""
+    """Draw `count` images with DDIM (uniform spacing), in batches of 64; `on_step` follows the progress."""
     began = time.perf_counter()
     images: list[Images] = []
     path: list[Images] = []
@@ -69,7 +70,7 @@ def sample_run(
             if on_step is not None:
                 on_step(state)
 
-        images.append(ddim_sample(eps, noise.draw(), model.schedule, noise, steps=steps, callback=follow))
+        images.append(ddim_sample(eps, noise.draw(), model.schedule, noise, steps=steps, eta=eta, callback=follow))
     together = np.concatenate(images)
     if not np.isfinite(together).all():
         raise RangeError(

@@ -28,6 +28,7 @@ def add(verbs: Any) -> None:
         "--runs", type=int, default=3, metavar="R", help="runs, with seeds S, S+1, ...; they give the spread"
     )
     p.add_argument("--steps", type=int, default=50, metavar="K", help="DDIM steps")
+    p.add_argument("--eta", type=float, default=0.0, metavar="E", help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--reference", metavar="MODEL", help="float model to compare with, from the same noise (PSNR)")
     p.add_argument("--judge", default="mnist-classifier", metavar="MODEL", help="classifier whose features are used")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
@@ -48,13 +49,15 @@ def run(args: argparse.Namespace) -> int:
     with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
         for seed in range(args.seed, args.seed + args.runs):
             follow = lambda _: bar.update()  # noqa: E731
-            made = sample_run(opened.eps, opened.base, args.n, steps=args.steps, seed=seed, on_step=follow)
+            made = sample_run(
+                opened.eps, opened.base, args.n, steps=args.steps, seed=seed, eta=args.eta, on_step=follow
+            )
             numbers["frechet"].append(judge.frechet(made.images))
             numbers["confident"].append(judge.confident(made.images))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
                 eps = Denoiser(reference.network)
-                wanted = sample_run(eps, reference, args.n, steps=args.steps, seed=seed, on_step=follow)
+                wanted = sample_run(eps, reference, args.n, steps=args.steps, seed=seed, eta=args.eta, on_step=follow)
                 numbers["psnr_db"].append(psnr(made.images, wanted.images))
                 errors.append(per_step_error(made, wanted))
     rows = [(key, _with_spread(values)) for key, values in numbers.items() if values]
@@ -62,13 +65,15 @@ def run(args: argparse.Namespace) -> int:
     rows += [
         (f"mse after step {k + 1}", f"{steps[k]:.2e}") for k in sorted({0, len(steps) // 2, len(steps) - 1}) if steps
     ]
-    print(f"{opened.description}: {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}")
+    sampler = f"DDIM {args.steps} steps, eta {args.eta:g}"
+    print(f"{opened.description}: {args.runs} runs of {args.n} images, {sampler}, seeds from {args.seed}")
     print_table(("measure", "mean ± std"), rows)
     real = judge.metadata["real_1000_frechet"]
-    print(f"frechet: on the features of {args.judge}, not the Inception FID; "
-          f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")  # fmt: skip
-    write_json(args.json, {"model": opened.description, "n": args.n, "steps": args.steps, "seed": args.seed,
-                           "runs": args.runs, "real_1000_frechet": real, "per_step_mse": steps, **numbers})  # fmt: skip
+    print(f"frechet: on the features of {args.judge}, not the Inception FID; ", end="")
+    print(f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")
+    setup = {name: getattr(args, name) for name in ("n", "runs", "steps", "eta", "seed", "judge", "reference")}
+    found = {"model": opened.description, "real_1000_frechet": real, "per_step_mse": steps, **numbers}
+    write_json(args.json, {**setup, **found})
     return 0
 
 
