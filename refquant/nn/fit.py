@@ -67,6 +67,14 @@ class FitConfig:
         for name in ("steps", "batch", "chunk"):
             if getattr(self, name) < 1:
                 raise RangeError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("warmup", "decay", "seed"):
+            if getattr(self, name) < 0:
+                raise RangeError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        for name in ("rate", "clip"):
+            if not 0 < getattr(self, name) < np.inf:
+                raise RangeError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        if not 0 <= self.average < 1:
+            raise RangeError(f"average is {self.average}; it must be at least 0 and below 1.")
 
 
 class Chunk(Protocol):

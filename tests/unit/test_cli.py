@@ -173,6 +173,15 @@ def test_numbers_and_paths_out_of_range(run, tiny, arguments, words):
     assert refused(run("sample", tiny, *arguments), *words)
 
 
+@pytest.mark.parametrize(
+    "option, value",
+    [("--steps", 0), ("--batch", 0), ("--rate", 0), ("--warmup", -1), ("--decay", -1), ("--average", 1)],
+)
+def test_recipes_that_cannot_train(run, option, value):
+    assert refused(run("train", "--data", "shapes", option, value), f"{option[2:]} is {value}", "it must be")
+    assert not list(Path().glob("model.*"))
+
+
 def test_bits_out_of_range(run, tiny):
     assert refused(run("quantize", tiny, "--weight-bits", 1, "--images", 1, "--steps", 1), "bits=1", "2 to 8")
     assert refused(run("quantize", tiny, "--input-bits", 9, "--images", 1, "--steps", 1), "bits=9", "2 to 8")
