@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .diffusion.ddim import ddim_sample
 from .diffusion.denoiser import NoisePredictor
 from .diffusion.model import DiffusionModel, load_classifier
-from .diffusion.sampling import Images, NoiseSource, StepState
+from .diffusion.sampling import Callback, Images, NoiseSource, StepState
 from .errors import RangeError
 from .metrics import FeatureStats, feature_stats, frechet_distance, mse
 
@@ -51,18 +50,34 @@ def sample_run(
     eps: NoisePredictor,
     model: DiffusionModel,
     count: int,
+    sampler: Callable[..., Images],
     *,
-    steps: int,
     seed: int,
-    eta: float = 0.0,
-    on_step: Callable[[StepState], None] | None = None,
+    on_step: Callback | None = None,
 ) -> Run:
-    """Draw `count` images with DDIM (uniform spacing), in batches of 64; `on_step` follows the progress."""
+    """Draw `count` images in batches of 64.
+
+    Parameters
+    ----------
+    eps : NoisePredictor
+    model : DiffusionModel
+        Whose schedule and image shape are used.
+    count : int
+    sampler : callable
+        With its options bound, such as ``partial(ddim_sample, steps=50)``.
+    seed : int
+    on_step : callable, optional
+        Follows the progress, batch after batch.
+
+    Raises
+    ------
+    RangeError
+        The images are not finite.
+    """
     began = time.perf_counter()
     images: list[Images] = []
     path: list[Images] = []
-    for first in range(0, count, BATCH):
-        noise = NoiseSource(seed, min(BATCH, count - first), model.image_shape, first)
+    for first in range(0, max(count, 1), BATCH):
 
         def follow(state: StepState, first: int = first) -> None:
             if first == 0:
@@ -70,7 +85,8 @@ def sample_run(
             if on_step is not None:
                 on_step(state)
 
-        images.append(ddim_sample(eps, noise.draw(), model.schedule, noise, steps=steps, eta=eta, callback=follow))
+        noise = NoiseSource(seed, min(BATCH, count - first), model.image_shape, first)
+        images.append(sampler(eps, noise.draw(), model.schedule, noise, callback=follow))
     together = np.concatenate(images)
     if not np.isfinite(together).all():
         raise RangeError(

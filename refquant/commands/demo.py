@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..diffusion.ddim import ddim_sample
 from ..diffusion.denoiser import Denoiser, NoisePredictor
 from ..diffusion.model import load_model
 from ..errors import RangeError
@@ -42,9 +44,11 @@ def run(args: argparse.Namespace) -> int:
     model, judge = load_model("mnist-unet"), Judge()
     say(args, f"{model.name}: {args.n} images, DDIM {args.steps} steps, seed {args.seed}, {setting()}")
 
+    sampler = partial(ddim_sample, steps=args.steps)
+
     def draw(label: str, eps: NoisePredictor) -> Run:
         with progress(-(-args.n // BATCH) * args.steps, label, args) as bar:
-            return sample_run(eps, model, args.n, steps=args.steps, seed=args.seed, on_step=lambda _: bar.update())
+            return sample_run(eps, model, args.n, sampler, seed=args.seed, on_step=lambda _: bar.update())
 
     reference = draw("float32", Denoiser(model.network))
     rows: list[dict[str, Any]] = []

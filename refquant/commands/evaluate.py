@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..diffusion.ddim import ddim_sample
 from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import load_model
 from ..errors import RangeError
@@ -46,18 +48,17 @@ def run(args: argparse.Namespace) -> int:
     errors: list[np.ndarray] = []
     numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "psnr_db": [], "seconds": []}
     batches = -(-args.n // BATCH)
+    sampler = partial(ddim_sample, steps=args.steps, eta=args.eta)
     with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
         for seed in range(args.seed, args.seed + args.runs):
             follow = lambda _: bar.update()  # noqa: E731
-            made = sample_run(
-                opened.eps, opened.base, args.n, steps=args.steps, seed=seed, eta=args.eta, on_step=follow
-            )
+            made = sample_run(opened.eps, opened.base, args.n, sampler, seed=seed, on_step=follow)
             numbers["frechet"].append(judge.frechet(made.images))
             numbers["confident"].append(judge.confident(made.images))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
                 eps = Denoiser(reference.network)
-                wanted = sample_run(eps, reference, args.n, steps=args.steps, seed=seed, eta=args.eta, on_step=follow)
+                wanted = sample_run(eps, reference, args.n, sampler, seed=seed, on_step=follow)
                 numbers["psnr_db"].append(psnr(made.images, wanted.images))
                 errors.append(per_step_error(made, wanted))
     rows = [(key, _with_spread(values)) for key, values in numbers.items() if values]
@@ -65,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     rows += [
         (f"mse after step {k + 1}", f"{steps[k]:.2e}") for k in sorted({0, len(steps) // 2, len(steps) - 1}) if steps
     ]
-    sampler = f"DDIM {args.steps} steps, eta {args.eta:g}"
-    print(f"{opened.description}: {args.runs} runs of {args.n} images, {sampler}, seeds from {args.seed}")
+    how = f"DDIM {args.steps} steps, eta {args.eta:g}"
+    print(f"{opened.description}: {args.runs} runs of {args.n} images, {how}, seeds from {args.seed}")
     print_table(("measure", "mean ± std"), rows)
     real = judge.metadata["real_1000_frechet"]
     print(f"frechet: on the features of {args.judge}, not the Inception FID; ", end="")

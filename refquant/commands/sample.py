@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import time
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -13,9 +13,8 @@ from .. import io
 from .._version import __version__
 from ..diffusion.ddim import ddim_sample
 from ..diffusion.ddpm import VARIANCES, ddpm_sample
-from ..diffusion.sampling import NoiseSource, StepState
-from ..errors import RangeError, RefquantError
-from ..evaluate import BATCH
+from ..errors import RefquantError
+from ..evaluate import BATCH, sample_run
 from ..viz import image_grid, save_png
 from .common import add_verb, open_model, progress, say, setting
 
@@ -40,31 +39,18 @@ def run(args: argparse.Namespace) -> int:
     """Draw, and write a picture grid (.png) or raw float32 (N, C, H, W) in [-1, 1] (.npy)."""
     if args.out.suffix not in (".png", ".npy"):
         raise RefquantError(f"{args.out}: --out ends in .png (a picture grid) or .npy (raw float32), nothing else.")
-    if args.n < 1:
-        raise RangeError(f"-n is {args.n}; it must be at least 1.")
     opened = open_model(args.model)
     base = opened.base
     say(args, f"{opened.description}, {setting()}")
     steps = args.steps if args.sampler == "ddim" else base.schedule.timesteps
-    began, parts = time.perf_counter(), []
+    sampler = (
+        partial(ddim_sample, steps=steps, eta=args.eta, spacing=args.spacing)
+        if args.sampler == "ddim"
+        else partial(ddpm_sample, variance=args.variance)
+    )
     with progress(-(-args.n // BATCH) * steps, "sample", args) as bar:
-
-        def step(_: StepState) -> None:
-            bar.update()
-
-        for first in range(0, args.n, BATCH):
-            noise = NoiseSource(args.seed, min(BATCH, args.n - first), base.image_shape, first)
-            x = noise.draw()
-            if args.sampler == "ddim":
-                x = ddim_sample(opened.eps, x, base.schedule, noise, steps=args.steps, eta=args.eta,
-                                spacing=args.spacing, callback=step)  # fmt: skip
-            else:
-                x = ddpm_sample(opened.eps, x, base.schedule, noise, variance=args.variance, callback=step)
-            parts.append(x)
-    images = np.clip(np.concatenate(parts), -1, 1)
-    if not np.isfinite(images).all():
-        raise RangeError(f"{args.model} drew NaN: its weights are damaged. Take the checkpoint from its source again.")
-    seconds = time.perf_counter() - began
+        made = sample_run(opened.eps, base, args.n, sampler, seed=args.seed, on_step=lambda _: bar.update())
+    images = np.clip(made.images, -1, 1)
     facts = {
         "model": opened.description, "n": args.n, "sampler": args.sampler, "steps": steps, "seed": args.seed,
         "refquant": __version__,
@@ -76,5 +62,5 @@ def run(args: argparse.Namespace) -> int:
         buffer = BytesIO()
         np.save(buffer, images.astype(np.float32))
         io.write_atomically(args.out, [buffer.getvalue()])
-    print(f"{args.out}: {args.n} images, {args.sampler} {steps} steps, seed {args.seed}, {seconds:.1f} s")
+    print(f"{args.out}: {args.n} images, {args.sampler} {steps} steps, seed {args.seed}, {made.seconds:.1f} s")
     return 0

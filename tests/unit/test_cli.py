@@ -159,7 +159,7 @@ def test_unknown_names(run, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("-n", 0), ("-n is 0",)),
+        (("-n", 0), ("number of images is 0", "at least 1")),
         (("--steps", 0), ("steps is 0", "1 to 20")),
         (("--steps", 21), ("steps is 21", "1 to 20")),
         (("--eta", 1.5), ("eta is 1.5",)),

@@ -1,8 +1,11 @@
 """Evaluation: batches, paths, and the judge."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
+from refquant.diffusion.ddim import ddim_sample
 from refquant.diffusion.model import DiffusionModel, asset_names
 from refquant.diffusion.schedule import cosine
 from refquant.errors import RangeError
@@ -18,16 +21,16 @@ def pull(x, t, step):
 
 
 def test_a_long_run_begins_with_the_images_of_a_short_one():
-    long = sample_run(pull, MODEL, BATCH + 3, steps=5, seed=1).images
-    short = sample_run(pull, MODEL, 3, steps=5, seed=1).images
+    long = sample_run(pull, MODEL, BATCH + 3, partial(ddim_sample, steps=5), seed=1).images
+    short = sample_run(pull, MODEL, 3, partial(ddim_sample, steps=5), seed=1).images
     assert long.shape == (BATCH + 3, 1, 4, 4)
     np.testing.assert_array_equal(long[:3], short)
     assert not np.array_equal(long[BATCH:], long[:3])
 
 
 def test_per_step_error_follows_the_path():
-    a = sample_run(pull, MODEL, BATCH + 1, steps=5, seed=1)
-    b = sample_run(lambda x, t, step: 0.6 * x, MODEL, BATCH + 1, steps=5, seed=1)
+    a = sample_run(pull, MODEL, BATCH + 1, partial(ddim_sample, steps=5), seed=1)
+    b = sample_run(lambda x, t, step: 0.6 * x, MODEL, BATCH + 1, partial(ddim_sample, steps=5), seed=1)
     error = per_step_error(b, a)
     assert error.shape == (5,) and (error > 0).all() and (per_step_error(a, a) == 0).all()
     want = np.mean((a.images[:BATCH].astype(float) - b.images[:BATCH]) ** 2)
@@ -36,7 +39,7 @@ def test_per_step_error_follows_the_path():
 
 def test_nan_is_an_error_and_not_a_picture():
     with pytest.raises(RangeError, match="NaN"):
-        sample_run(lambda x, t, step: x * np.nan, MODEL, 2, steps=2, seed=0)
+        sample_run(lambda x, t, step: x * np.nan, MODEL, 2, partial(ddim_sample, steps=2), seed=0)
 
 
 @pytest.mark.skipif("mnist-classifier" not in asset_names(), reason="no classifier in refquant/assets")
