@@ -7,7 +7,7 @@
  *
  *     leaf  1, ecx bit 27   OSXSAVE: the system manages registers through xsave
  *     leaf  7, ebx bit  5   AVX2
- *     leaf  7, ebx bit 16   AVX512F     bit 30  AVX512BW     bit 31  AVX512VL
+ *     leaf  7, ebx bit 16   AVX512F   bit 17  AVX512DQ   bit 30  AVX512BW   bit 31  AVX512VL
  *     leaf  7, ecx bit 11   AVX512_VNNI (vpdpbusd on 512 bits)
  *     leaf  7.1, eax bit 4  AVX-VNNI    (vpdpbusd on 256 bits, without AVX-512)
  *
@@ -19,6 +19,8 @@
  *
  * Anything else: no bit, hence the scalar kernel. Slower, and never wrong.
  */
+#include <stdatomic.h>
+
 #include "refquant.h"
 
 #if defined(__x86_64__)
@@ -34,7 +36,7 @@ static uint32_t xcr0(void)
     return low;
 }
 
-uint32_t rq_cpu_features(void)
+static uint32_t ask(void)
 {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !BIT(c, 27))
@@ -49,7 +51,7 @@ uint32_t rq_cpu_features(void)
     if (BIT(b, 5))
         features |= RQ_CPU_AVX2;
     if ((saved & zmm_state) == zmm_state
-        && BIT(b, 16) && BIT(b, 30) && BIT(b, 31) && BIT(c, 11))
+        && BIT(b, 16) && BIT(b, 17) && BIT(b, 30) && BIT(b, 31) && BIT(c, 11))
         features |= RQ_CPU_AVX512VNNI;
 
     const uint32_t last_subleaf = a;
@@ -63,16 +65,26 @@ uint32_t rq_cpu_features(void)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 
-uint32_t rq_cpu_features(void)
+static uint32_t ask(void)
 {
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) ? RQ_CPU_NEONDOT : 0;
 }
 
 #else
 
-uint32_t rq_cpu_features(void)
+static uint32_t ask(void)
 {
     return 0;
 }
 
 #endif
+
+uint32_t rq_cpu_features(void)
+{
+    /* Asked once: in a virtual machine each cpuid is a trip to the host, some 25 microseconds in all. */
+    static atomic_uint answer;
+    const uint32_t known = 1u << 31;
+    if (!(atomic_load_explicit(&answer, memory_order_relaxed) & known))
+        atomic_store_explicit(&answer, ask() | known, memory_order_relaxed);
+    return atomic_load_explicit(&answer, memory_order_relaxed) & ~known;
+}

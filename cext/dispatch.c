@@ -1,4 +1,4 @@
-/* dispatch.c - one table of kernels, and the one door to them.
+/* dispatch.c - one table of kernels.
  *
  * A kernel is a row: its name (the same string in file name, function name, Python and
  * REFQUANT_ISA), the processor bits it needs, and its functions. Slowest row first, hence
@@ -25,42 +25,35 @@
 #define RQ_COMPILER "unknown"
 #endif
 
-static const struct {
-    const char *name;
-    uint32_t needs;
-    gemm_u8s8s32_fn *gemm_u8s8s32;
-} kernels[] = {
-    {"scalar", 0, gemm_u8s8s32_scalar},
+static const struct rq_kernel kernels[] = {
+    {"scalar", 0, 12, rq_tile_s8_scalar, rq_tile_s4_scalar, rq_dequantize_scalar, rq_requantize_scalar},
+#if defined(__x86_64__) && defined(__GNUC__)
+    {"avx512vnni", RQ_CPU_AVX512VNNI, 12, rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni,
+     rq_dequantize_scalar, rq_requantize_scalar},
+#endif
 };
 
 enum { KERNEL_COUNT = sizeof kernels / sizeof kernels[0] };
 
-static int is_row(int row) { return row >= 0 && row < KERNEL_COUNT; }
+const struct rq_kernel *rq_kernel_row(int row)
+{
+    return row >= 0 && row < KERNEL_COUNT ? &kernels[row] : NULL;
+}
 
 int rq_abi_version(void) { return RQ_ABI_VERSION; }
 const char *rq_compiler(void) { return RQ_COMPILER; }
 const char *rq_compiler_flags(void) { return RQ_FLAGS; }
 
 int rq_kernel_count(void) { return KERNEL_COUNT; }
-const char *rq_kernel_name(int row) { return is_row(row) ? kernels[row].name : NULL; }
-uint32_t rq_kernel_needs(int row) { return is_row(row) ? kernels[row].needs : UINT32_MAX; }
 
-int rq_gemm_u8s8s32(int row, int64_t m, int64_t n, int64_t k,
-                    const uint8_t *a, int64_t lda,
-                    const int8_t *b, int64_t ldb,
-                    int32_t *c, int64_t ldc)
+const char *rq_kernel_name(int row)
 {
-    if (!is_row(row))
-        return RQ_ERR_KERNEL;
-    if (m < 0 || n < 0 || k < 0 || lda < k || ldb < k || ldc < n)
-        return RQ_ERR_SIZE;
-    if (k > RQ_MAX_K)
-        return RQ_ERR_RANGE;
-    if (m == 0 || n == 0)
-        return RQ_OK; /* nothing to write */
-    if (!c || (k > 0 && (!a || !b)))
-        return RQ_ERR_NULL;
+    const struct rq_kernel *kernel = rq_kernel_row(row);
+    return kernel ? kernel->name : NULL;
+}
 
-    kernels[row].gemm_u8s8s32(m, n, k, a, lda, b, ldb, c, ldc);
-    return RQ_OK;
+uint32_t rq_kernel_needs(int row)
+{
+    const struct rq_kernel *kernel = rq_kernel_row(row);
+    return kernel ? kernel->needs : UINT32_MAX;
 }

@@ -1,21 +1,86 @@
-/* impl.h - the form of a micro-kernel; private to the C core.
+/* impl.h - what the files of the C core say to each other; private to it.
  *
- * A micro-kernel computes and checks nothing: dispatch.c has refused bad sizes, strides and
- * pointers before, in one place for all instruction sets.
+ * Everything that the core computes is one picture. The rows of A are cut into segments, runs of
+ * bytes that lie together; B is packed (pack.c) in panels of 16 outputs, in the order in which a
+ * kernel reads it:
  *
- * The name says the types in the order A, B, C and ends with the instruction set:
- * gemm_u8s8s32_scalar multiplies uint8 by int8 into int32 with plain C.
+ *      segment 0     segment 1                      panel 0    panel 1
+ *     [=========]...[=========]  row 0            |  16  | |  16  |
+ *     [=========]...[=========]  row 1      x     |  out-| |  out-|  k       =   a tile of C:
+ *     [=========]...[=========]  row 2            |  puts| |  puts|  |           rows x outputs
+ *               k ->                              |      | |      |  v
+ *
+ * A matrix product has one segment. A convolution has kh: pixel (i, j) of the result needs kh
+ * runs of kw * C bytes of the image, one below the other, at the same distance for every pixel.
+ * That is the whole of "implicit convolution": nothing is unfolded, a row is a pointer.
+ *
+ * A segment is read in steps of RQ_STEP = 8 bytes; where its length is no multiple of 8, the last
+ * step reads up to 7 bytes too many, which meet weights of 0 (conv.c sees to it that they exist).
  */
 #ifndef REFQUANT_IMPL_H
 #define REFQUANT_IMPL_H
 
 #include <stdint.h>
 
-typedef void gemm_u8s8s32_fn(int64_t m, int64_t n, int64_t k,
-                             const uint8_t *a, int64_t lda,
-                             const int8_t *b, int64_t ldb,
-                             int32_t *c, int64_t ldc);
+#include "refquant.h"
 
-gemm_u8s8s32_fn gemm_u8s8s32_scalar;
+enum {
+    RQ_STEP = 8,    /* bytes of k that a kernel takes at once: two groups of 4, what vpdpbusd sums */
+    RQ_PANEL = 16,  /* outputs of a panel: the int32 lanes of a 512-bit register */
+    RQ_MAX_ROWS = 12,  /* of a tile: 12 rows x 2 panels are 24 accumulators, of 32 registers */
+    RQ_PAIR = 2     /* panels of a tile */
+};
+
+/* One tile: c[i][j] = add[j] + sum over k of a[i][k] b[k][j]. */
+struct rq_tile {
+    const uint8_t *const *a;  /* first byte of each row */
+    int64_t segments, segment_stride, steps;  /* of a row: how many, bytes between them, steps in each */
+    const int8_t *b;          /* first panel */
+    int64_t panel_bytes;      /* from one panel to the next */
+    const int32_t *add;       /* 16 for each panel: zero points and bias */
+    int32_t *c;
+    int64_t ldc;              /* elements from row to row */
+    int columns;              /* outputs to store: 1 to 16 * panels */
+};
+
+/* A micro-kernel: computes the tile of `rows` rows (1 to the kernel's limit) and 1 or 2 panels.
+ * It checks nothing: conv.c has refused bad sizes and pointers before, for all of them. */
+typedef void rq_tile_fn(const struct rq_tile *t, int rows, int panels);
+
+/* The output stage of one row of a tile: see output.c. */
+typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int64_t row, int64_t first, int columns);
+
+/* A row of the kernel table (dispatch.c). */
+struct rq_kernel {
+    const char *name;
+    uint32_t needs;
+    int rows;              /* most rows of a tile */
+    rq_tile_fn *tile_s8;   /* weights of 8 bits */
+    rq_tile_fn *tile_s4;   /* weights of 4 bits, two in a byte */
+    rq_output_fn *dequantize, *requantize;
+};
+const struct rq_kernel *rq_kernel_row(int row);  /* NULL: no such row */
+
+rq_tile_fn rq_tile_s8_scalar, rq_tile_s4_scalar;
+rq_tile_fn rq_tile_s8_avx2, rq_tile_s4_avx2;
+rq_tile_fn rq_tile_s8_avxvnni, rq_tile_s4_avxvnni;
+rq_tile_fn rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni;
+rq_tile_fn rq_tile_s8_neondot, rq_tile_s4_neondot;
+
+rq_output_fn rq_dequantize_scalar, rq_requantize_scalar;
+
+/* How packed weights lie in memory; see pack.c. */
+struct rq_layout {
+    int64_t segments, length, steps;  /* of k: runs, bytes in a run, steps in a run */
+    int64_t panels, panel_bytes;
+};
+struct rq_layout rq_layout_of(int64_t outputs, int64_t segments, int64_t length, int bits);
+
+/* The thread team (threads.c): run task(context, i) on this thread and on up to `threads` - 1 others. */
+typedef void rq_task(void *context);
+void rq_team_run(int threads, rq_task *task, void *context);
+/* Scratch memory of the calling thread, at least `bytes` long, 64-byte aligned; it keeps its place and
+ * content until the next call of this function by the same thread. NULL: no memory. */
+void *rq_scratch(int64_t bytes);
 
 #endif

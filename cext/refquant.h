@@ -6,10 +6,14 @@
  *
  * How the pieces fit, in reading order:
  *
- *     gemm_scalar.c   the sentence: what an integer matrix product is, in three loops
- *     impl.h          the form every micro-kernel has
- *     cpu.c           what this processor can execute, as a bit mask
- *     dispatch.c      one table: kernel name, bits it needs, functions; and the argument checks
+ *     gemm_scalar.c      the sentence: what a tile of an integer matrix product is, in plain C
+ *     impl.h             the picture: rows, segments, panels, tiles; the form of a micro-kernel
+ *     gemm_avx2.c ...    the sentence in wider registers, one file for each instruction set
+ *     pack.c             weights in the order in which a kernel reads them
+ *     conv.c             convolution and matrix product: cut into units, units into tiles
+ *     output.c           what becomes of a sum: int32, float32, or uint8 by fixed point
+ *     threads.c          the thread team
+ *     cpu.c, dispatch.c  what this processor can execute; one table of kernels
  *
  * Habits kept everywhere: no function prints, aborts, allocates for its caller or keeps a
  * pointer after it returns. A function that can be misused returns RQ_OK or a negative code.
@@ -23,7 +27,7 @@
 
 /* Raised whenever a declaration below changes its meaning, so that Python refuses a compiled
  * module that is older than its sources. */
-#define RQ_ABI_VERSION 1
+#define RQ_ABI_VERSION 2
 int rq_abi_version(void);
 
 /* With which compiler and flags this module was built: the first question of a bug report. */
@@ -32,10 +36,11 @@ const char *rq_compiler_flags(void);
 
 enum rq_status {
     RQ_OK = 0,
-    RQ_ERR_KERNEL = -1,  /* no such row in the kernel table */
-    RQ_ERR_SIZE = -2,    /* a negative size, or a row stride shorter than its row */
-    RQ_ERR_RANGE = -3,   /* k > RQ_MAX_K: the int32 sum could overflow */
-    RQ_ERR_NULL = -4     /* a null pointer where elements are to be read or written */
+    RQ_ERR_KERNEL = -1,  /* no such row in the kernel table, or not for this processor */
+    RQ_ERR_SIZE = -2,    /* a size, stride or count that describes no operation */
+    RQ_ERR_RANGE = -3,   /* a number outside of its range: k, bits, a code, a shift */
+    RQ_ERR_NULL = -4,    /* a null pointer where elements are to be read or written */
+    RQ_ERR_MEMORY = -5   /* no memory for the scratch space */
 };
 
 /* One bit for each instruction set that a kernel may need. A bit says that the processor
@@ -43,27 +48,72 @@ enum rq_status {
 enum rq_cpu {
     RQ_CPU_AVX2 = 1,
     RQ_CPU_AVXVNNI = 2,
-    RQ_CPU_AVX512VNNI = 4,  /* with AVX-512 F, BW and VL */
+    RQ_CPU_AVX512VNNI = 4,  /* with AVX-512 F, BW, DQ and VL */
     RQ_CPU_NEONDOT = 8
 };
 uint32_t rq_cpu_features(void);
 
 /* The kernel table, slowest row first: row 0 is `scalar`. Kernel `row` may be run when
- * (rq_kernel_needs(row) & ~rq_cpu_features()) == 0; the caller checks that, once. */
+ * (rq_kernel_needs(row) & ~rq_cpu_features()) == 0. */
 int rq_kernel_count(void);
 const char *rq_kernel_name(int row);   /* NULL: no such row */
 uint32_t rq_kernel_needs(int row);     /* UINT32_MAX: no such row */
 
-/* C[m,n] = sum over k of A[m,k] B[n,k], exactly.
- * a: (m, k) uint8; b: (n, k) int8; c: (m, n) int32; lda, ldb, ldc: elements from one row to
- * the next. c must not overlap a or b.
- * A product lies in [-255*128, 255*127], so that k <= (2^31 - 1) / (255*128) = 65793 terms
- * fit int32 whatever the data. */
-#define RQ_MAX_K 65793
-int rq_gemm_u8s8s32(int row, int64_t m, int64_t n, int64_t k,
-                    const uint8_t *a, int64_t lda,
-                    const int8_t *b, int64_t ldb,
-                    int32_t *c, int64_t ldc);
+/* A product of codes lies in [-255*128, 255*127], so that k <= (2^31 - 1) / (255*128) = 65793
+ * terms fit int32 whatever the data. With zero points the limit is another (at most 131071);
+ * sums wrap modulo 2^32 on the way, hence the result is exact whenever it fits. Python checks that. */
+#define RQ_MAX_K 131071
+#define RQ_MAX_K_INT4 65793
+
+/* Weights, packed once and used many times: w (outputs, kh, kw, c), signed codes of 8 or 4 bits.
+ * `panels` holds rq_packed_bytes(...) bytes at a multiple of 64 and `sums` the sum over k of each
+ * output; rq_pack fills both from a C-contiguous array of int8. `zero_points` may be NULL: all 0. */
+struct rq_weights {
+    int64_t outputs, kh, kw, c;
+    int bits;
+    const void *panels;
+    const int32_t *sums;
+    const int32_t *zero_points;
+};
+int64_t rq_packed_bytes(int64_t outputs, int64_t kh, int64_t kw, int64_t c, int bits);  /* or a status */
+int rq_pack(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c, int bits,
+            void *panels, int32_t *sums);
+
+/* Activations x (n, h, w, c), uint8: the pixels of a line and the bytes of a pixel lie together,
+ * lines and images may lie apart (bytes from one to the next). A matrix (m, k) is n = w = 1, h = m. */
+struct rq_input {
+    const uint8_t *data;
+    int64_t n, h, w, c;
+    int64_t image_stride, line_stride;
+    int32_t zero_point;  /* the code that means 0, 0 to 255; pixels outside of the image have it */
+};
+
+/* What becomes of sum + bias, and where it is stored: row m of the result, outputs 0 .. O-1, begins
+ * at element m * ld of `data`.
+ *     RQ_INT32     sum + int_bias[o]
+ *     RQ_FLOAT32   (float)(sum + int_bias[o]) * scale[o] + bias[o] + residual[m * residual_ld + o],
+ *                  rounded after each operation, in this order
+ *     RQ_UINT8     round((sum + int_bias[o]) * mantissa[o] / 2^shift[o]) + zero_point, ties to even,
+ *                  limited to qmin .. qmax
+ * bias, residual and int_bias may be NULL: nothing is added. */
+enum rq_kind { RQ_INT32 = 0, RQ_FLOAT32 = 1, RQ_UINT8 = 2 };
+struct rq_output {
+    int kind;
+    void *data;
+    int64_t ld;
+    const int32_t *int_bias;
+    const float *scale, *bias, *residual;
+    int64_t residual_ld;
+    const int32_t *mantissa, *shift;
+    int32_t zero_point, qmin, qmax;
+};
+
+/* y[n,i,j,o] = sum over p,q,c of (x[n, stride i + p - padding, stride j + q - padding, c] - zx)
+ *                              * (w[o,p,q,c] - zw[o]),   then the output stage.
+ * Runs kernel `row` on the calling thread and up to threads - 1 others. The result may overlap no
+ * operand. Its rows are the pixels (n, i, j) in order. */
+int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_weights *w,
+              int64_t stride, int64_t padding, const struct rq_output *y);
 
 /* cffi: end */
 

@@ -94,7 +94,7 @@ def open_model(name: str) -> Opened:
     if kind != "unet":
         raise CheckpointError(f"{path}: holds a {kind}, which draws nothing. Give a UNet or a quantized model.")
     base = load_model(name)
-    return Opened(base, Denoiser(base.network), f"{base.name} float32", 4 * base.network.parameter_count())
+    return Opened(base, base.denoiser(), f"{base.name} float32", 4 * base.network.parameter_count())
 
 
 def progress(total: int, label: str, args: argparse.Namespace) -> tqdm[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .._version import __version__
 from ..diffusion.ddim import ddim_sample
-from ..diffusion.denoiser import Denoiser, NoisePredictor
+from ..diffusion.denoiser import NoisePredictor
 from ..diffusion.model import load_model
 from ..errors import RangeError
 from ..evaluate import BATCH, Judge, Run, sample_run
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         with progress(-(-args.n // BATCH) * args.steps, label, args) as bar:
             return sample_run(eps, model, args.n, sampler, seed=args.seed, on_step=lambda _: bar.update())
 
-    reference = draw("float32", Denoiser(model.network))
+    reference = draw("float32", model.denoiser())
     rows: list[dict[str, Any]] = []
 
     def judge_row(name: str, bits: str, size: int, run: Run) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.ddim import ddim_sample
-from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import load_model
 from ..errors import RangeError
 from ..evaluate import BATCH, Judge, per_step_error, sample_run
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             numbers["confident"].append(judge.confident(made.images))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
-                eps = Denoiser(reference.network)
+                eps = reference.denoiser()
                 wanted = sample_run(eps, reference, args.n, sampler, seed=seed, on_step=follow)
                 numbers["psnr_db"].append(psnr(made.images, wanted.images))
                 errors.append(per_step_error(made, wanted))

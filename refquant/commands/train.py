@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import data
 from ..data.dataset import to_float
+from ..diffusion.denoiser import PREDICTIONS
 from ..diffusion.model import DiffusionModel, save_classifier
 from ..diffusion.schedule import SCHEDULES, schedule
 from ..diffusion.train import train
@@ -33,6 +34,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--data", default="mnist", metavar="NAME", help=f"one of {', '.join(data.names())}")
     p.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="noise schedule")
     p.add_argument("--timesteps", type=int, default=1000, metavar="T", help="steps of the schedule")
+    p.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network answers")
     p.add_argument("--steps", type=int, default=10000, metavar="K", help="updates of the weights")
     p.add_argument("--batch", type=int, default=64, metavar="B", help="images per update")
     p.add_argument("--rate", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of Adam")
@@ -70,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
         result = f"test accuracy {facts['test_accuracy']:.4f}"
     else:
         model = DiffusionModel(
-            args.out.stem, UNet(config(args.network), rng), schedule(args.schedule, args.timesteps), facts
+            args.out.stem, UNet(config(args.network), rng), schedule(args.schedule, args.timesteps), args.prediction, facts
         )
-        losses = train(model.network, dataset, model.schedule, cfg, state=state, quiet=args.quiet)
+        losses = train(
+            model.network, dataset, model.schedule, cfg, prediction=args.prediction, state=state, quiet=args.quiet
+        )
         facts["loss"] = float(losses[-500:].mean())
         model.save(args.out)
         result = f"loss {facts['loss']:.4f}"

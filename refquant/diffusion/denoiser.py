@@ -5,6 +5,16 @@ the time-step t (one integer for the whole batch) and the index of the sampler's
 from the noisiest, and gets the predicted noise, shaped like x. `Denoiser` makes such a function of
 a UNet: it turns NCHW into NHWC and back, records no graph, and spreads the batch over the worker
 threads in chunks of fixed size.
+
+What a network was trained to predict is its `prediction`:
+
+    eps     the noise, as in DDPM (Ho et al. 2020)
+    v       sqrt(ab) eps - sqrt(1 - ab) x_0 (Salimans & Ho 2022, appendix D), from which the noise is
+            eps = sqrt(1 - ab) x_t + sqrt(ab) v
+
+At high noise x_t is nearly the noise itself. A network that predicts eps must copy it through all its
+layers, and what it copies badly is blown up by 1 / sqrt(ab) in the image; one that predicts v gets the
+copy for nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..autograd import Tensor, no_grad
+from ..errors import UnknownNameError
 from ..threads import parallel_map
+from .schedule import Schedule
 
 Images = NDArray[np.float32]
 
@@ -38,10 +50,17 @@ class Denoiser:
     chunk : int
         Images that one thread works on at a time. Samples may differ in the last bit between chunk
         sizes, because BLAS sums in another order; never between numbers of threads.
+    v_of : Schedule, optional
+        Given where the network predicts v of this schedule; else it predicts eps.
     """
 
-    def __init__(self, network: Callable[[Tensor, NDArray[np.integer]], Tensor], chunk: int = 16) -> None:
-        self.network, self.chunk = network, chunk
+    def __init__(
+        self,
+        network: Callable[[Tensor, NDArray[np.integer]], Tensor],
+        chunk: int = 16,
+        v_of: Schedule | None = None,
+    ) -> None:
+        self.network, self.chunk, self.v_of = network, chunk, v_of
 
     def __call__(self, x: Images, t: int, step: int) -> Images:
         """Predict the noise in x (N, C, H, W)."""
@@ -52,4 +71,21 @@ class Denoiser:
                 return self.network(nhwc, np.full(len(part), t)).data.transpose(0, 3, 1, 2)
 
         parts = [x[i : i + self.chunk] for i in range(0, len(x), self.chunk)]
-        return np.concatenate(parallel_map(run, parts)).astype(x.dtype, copy=False)
+        out = np.concatenate(parallel_map(run, parts)).astype(x.dtype, copy=False)
+        if self.v_of is None:
+            return out
+        ab = self.v_of.alpha_bar[t]
+        return x.dtype.type(np.sqrt(1 - ab)) * x + x.dtype.type(np.sqrt(ab)) * out
+
+
+PREDICTIONS = ("eps", "v")
+
+
+def target(prediction: str, schedule: Schedule, x_0: Images, t: NDArray[np.integer], noise: Images) -> Images:
+    """What a network of this `prediction` should answer for x_t made of x_0, noise (N, ...) at t (N,)."""
+    if prediction == "eps":
+        return noise
+    if prediction != "v":
+        raise UnknownNameError(f"no prediction is called {prediction!r}. Known: {', '.join(PREDICTIONS)}.")
+    ab = schedule.alpha_bar[t].reshape(-1, *(1,) * (x_0.ndim - 1))
+    return np.sqrt(ab).astype(x_0.dtype) * noise - np.sqrt(1 - ab).astype(x_0.dtype) * x_0

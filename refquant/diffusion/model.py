@@ -16,6 +16,7 @@ from .. import io
 from ..errors import CheckpointError, UnknownNameError
 from ..nn.classifier import Classifier, ClassifierConfig
 from ..nn.unet import UNet, UNetConfig
+from .denoiser import PREDICTIONS, Denoiser
 from .schedule import Schedule, schedule
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
@@ -31,6 +32,8 @@ class DiffusionModel:
         Asset name or file stem, for tables and captions.
     network : UNet
     schedule : Schedule
+    prediction : {"eps", "v"}
+        What the network was trained to answer, see `denoiser`.
     metadata : dict
         How it was made: data set, training length, seed.
     """
@@ -38,7 +41,12 @@ class DiffusionModel:
     name: str
     network: UNet
     schedule: Schedule
+    prediction: str = "eps"
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    def denoiser(self, network: UNet | None = None, chunk: int = 16) -> Denoiser:
+        """Return the noise predictor for samplers; of another `network` in the place of its own, if given."""
+        return Denoiser(network or self.network, chunk, self.schedule if self.prediction == "v" else None)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -54,6 +62,7 @@ class DiffusionModel:
             "network": self.network.cfg.to_json(),
             "schedule": self.schedule.name,
             "timesteps": self.schedule.timesteps,
+            "prediction": self.prediction,
             "t_convention": "t counts from 0; t = 0 is one step of noise",
         }
         io.save(path, self.network.state_dict(), facts)
@@ -95,9 +104,18 @@ def from_checkpoint(found: io.Checkpoint) -> DiffusionModel:
     for key in ("network", "schedule", "timesteps"):
         if key not in facts:
             raise CheckpointError(f"{found.path}: its metadata lacks {key!r}; it was not written by refquant train.")
+    model = frame(found.path.stem, facts)
+    model.network.load_state_dict(found.tensors)
+    return model
+
+
+def frame(name: str, facts: dict[str, Any]) -> DiffusionModel:
+    """Build the model that metadata describe, with weights yet to be loaded."""
     network = UNet(UNetConfig.from_json(facts["network"]), np.random.default_rng(0))
-    network.load_state_dict(found.tensors)
-    return DiffusionModel(found.path.stem, network, schedule(facts["schedule"], facts["timesteps"]), facts)
+    prediction = facts.get("prediction", "eps")  # what every checkpoint predicted before it was written down
+    if prediction not in PREDICTIONS:
+        raise CheckpointError(f"{name}: prediction {prediction!r} is unknown; {', '.join(PREDICTIONS)} are known.")
+    return DiffusionModel(name, network, schedule(facts["schedule"], facts["timesteps"]), prediction, facts)
 
 
 def save_classifier(path: Path, model: Classifier, reference: dict[str, np.ndarray], facts: dict[str, Any]) -> None:

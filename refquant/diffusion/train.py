@@ -2,6 +2,10 @@
 
     L = E_{t, x_0, eps} || eps - eps_theta(sqrt(ab_t) x_0 + sqrt(1 - ab_t) eps, t) ||²
 
+or the same with v in the place of eps (see `denoiser`). An error in v weighs the time-steps otherwise:
+||v - v_theta||² = ||eps - eps_theta||² / ab_t, so that the noisy steps, where the shape of the image is
+decided, count as much as the clean ones, where it is polished.
+
 One deviation: the time-steps of a batch are stratified, one uniform draw from each of B equal
 parts of [0, T). Each t is still uniform, and the batch's loss varies less, because it always
 holds easy and hard time-steps in equal parts.
@@ -21,15 +25,16 @@ from ..data.dataset import Dataset, to_float
 from ..errors import ShapeError
 from ..nn.fit import FitConfig, epoch_order, fit
 from ..nn.unet import UNet
+from .denoiser import target
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class NoisyChunk:
-    """Part of a batch: x_t and noise (N, H, W, C), t (N,), and a generator for dropout."""
+    """Part of a batch: x_t and target (N, H, W, C), t (N,), and a generator for dropout."""
 
     x_t: NDArray[np.float32]
-    noise: NDArray[np.float32]
+    target: NDArray[np.float32]
     t: NDArray[np.int64]
     rng: np.random.Generator
 
@@ -38,7 +43,9 @@ class NoisyChunk:
         return len(self.t)
 
 
-def noisy_chunks(images: NDArray[np.uint8], schedule: Schedule, cfg: FitConfig, step: int) -> list[NoisyChunk]:
+def noisy_chunks(
+    images: NDArray[np.uint8], schedule: Schedule, cfg: FitConfig, step: int, prediction: str = "eps"
+) -> list[NoisyChunk]:
     """Build the batch of one step from images (N, C, H, W) uint8; a function of (seed, step) alone."""
     index = epoch_order(len(images), cfg, step)
     x_0 = np.ascontiguousarray(to_float(images[index]).transpose(0, 2, 3, 1))
@@ -48,10 +55,11 @@ def noisy_chunks(images: NDArray[np.uint8], schedule: Schedule, cfg: FitConfig, 
     t = ((np.arange(cfg.batch) + rng.random(cfg.batch)) * (schedule.timesteps / cfg.batch)).astype(np.int64)
     t = np.minimum(t, schedule.timesteps - 1)
     x_t = schedule.q_sample(x_0, t, noise)
+    wanted = target(prediction, schedule, x_0, t, noise)
     # interleave, so that every chunk holds time-steps from the whole range
     parts = -(-cfg.batch // cfg.chunk)
     return [
-        NoisyChunk(x_t[i::parts], noise[i::parts], t[i::parts], np.random.default_rng([cfg.seed, 3, step, i]))
+        NoisyChunk(x_t[i::parts], wanted[i::parts], t[i::parts], np.random.default_rng([cfg.seed, 3, step, i]))
         for i in range(parts)
     ]
 
@@ -62,11 +70,12 @@ def train(
     schedule: Schedule,
     cfg: FitConfig,
     *,
+    prediction: str = "eps",
     state: Path | None = None,
     save_seconds: float = 60.0,
     quiet: bool = False,
 ) -> NDArray[np.float32]:
-    """Train `model` in place with the epsilon loss, leave the averaged weights in it, return the loss curve.
+    """Train `model` in place with the loss above, leave the averaged weights in it, return the loss curve.
 
     See `refquant.nn.fit.fit` for `state`, `save_seconds` and `quiet`.
     """
@@ -78,11 +87,11 @@ def train(
         )
 
     def loss(chunk: NoisyChunk) -> Tensor:
-        return ops.mse(model(Tensor(chunk.x_t), chunk.t, chunk.rng), chunk.noise)
+        return ops.mse(model(Tensor(chunk.x_t), chunk.t, chunk.rng), chunk.target)
 
     return fit(
         model,
-        lambda step: noisy_chunks(data.images, schedule, cfg, step),
+        lambda step: noisy_chunks(data.images, schedule, cfg, step, prediction),
         loss,
         cfg,
         state=state,
@@ -92,6 +101,7 @@ def train(
             "data_sha256": hashlib.sha256(np.ascontiguousarray(data.images)).hexdigest(),
             "schedule": schedule.name,
             "timesteps": schedule.timesteps,
+            "prediction": prediction,
         },
         save_seconds=save_seconds,
         quiet=quiet,

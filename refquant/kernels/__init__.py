@@ -17,7 +17,22 @@ environment variable REFQUANT_ISA, the fastest one that this processor can run i
 name that cannot be obeyed is an error, never another kernel in silence.
 """
 
+from ..ref.output import Dequantize, Requantize
+from ._conv import conv2d, gemm
 from ._dispatch import active, available, build_info, supported, use, using
-from ._gemm import gemm
+from ._weights import PackedWeights, pack_weights
 
-__all__ = ["active", "available", "build_info", "gemm", "supported", "use", "using"]
+__all__ = [
+    "Dequantize",
+    "PackedWeights",
+    "Requantize",
+    "active",
+    "available",
+    "build_info",
+    "conv2d",
+    "gemm",
+    "pack_weights",
+    "supported",
+    "use",
+    "using",
+]

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ..diffusion.ddim import ddim_sample
-from ..diffusion.denoiser import Denoiser
 from ..diffusion.model import DiffusionModel
 from ..diffusion.sampling import Images, NoiseSource
 from ..errors import RangeError
@@ -97,4 +96,4 @@ def _record(model: DiffusionModel, x: Images, t: int, watch: bool) -> tuple[Imag
     if watch:
         for layer in layers.values():
             layer.watcher = lambda name, value: seen.append((name, value))
-    return Denoiser(network, chunk=len(x))(x, t, 0), seen
+    return model.denoiser(network, chunk=len(x))(x, t, 0), seen

@@ -22,10 +22,9 @@ import numpy as np
 
 from .. import io
 from ..diffusion.denoiser import Denoiser
-from ..diffusion.model import DiffusionModel, find
-from ..diffusion.schedule import schedule
+from ..diffusion.model import DiffusionModel, find, frame
 from ..errors import CheckpointError
-from ..nn.unet import UNet, UNetConfig
+from ..nn.unet import UNet
 from ..ref import pack_int4, unpack_int4
 from .affine import QParams, QSpec
 from .wrap import QuantLayer, wrap
@@ -54,7 +53,7 @@ class QuantizedModel:
 
     def denoiser(self) -> Denoiser:
         """Return the noise predictor for samplers."""
-        return Denoiser(self.network)
+        return self.base.denoiser(self.network)
 
     def float_parameters(self) -> dict[str, np.ndarray]:
         """Return what stays float32: normalisations, biases, and weights without a quantizer."""
@@ -94,6 +93,7 @@ class QuantizedModel:
             "network": base.network.cfg.to_json(),
             "schedule": base.schedule.name,
             "timesteps": base.schedule.timesteps,
+            "prediction": base.prediction,
             "recipe": self.recipe,
             "specs": specs,
         }
@@ -105,9 +105,8 @@ def load_quantized(name: str) -> QuantizedModel:
     found = io.load(find(name), kind="quantized")
     facts, tensors = found.metadata, dict(found.tensors)
     try:
-        frame = UNet(UNetConfig.from_json(facts["network"]), np.random.default_rng(0))
-        base = DiffusionModel(facts["model"], frame, schedule(facts["schedule"], facts["timesteps"]), facts)
-        _, unquantized = wrap(frame)
+        base = frame(facts["model"], facts)
+        _, unquantized = wrap(base.network)
         codes: dict[str, tuple[np.ndarray, QParams]] = {}
         inputs: dict[str, QParams] = {}
         for layer, spec in facts["specs"].items():
@@ -128,8 +127,8 @@ def load_quantized(name: str) -> QuantizedModel:
             f"{found.path}: its layers and their quantizers do not fit together ({problem}). "
             "Make it again with `refquant quantize`."
         ) from problem
-    frame.load_state_dict(tensors)
-    network, layers = wrap(frame)
+    base.network.load_state_dict(tensors)
+    network, layers = wrap(base.network)
     for name_, (integers, w) in codes.items():
         layers[name_].set_codes(integers, w)
     for name_, x in inputs.items():

@@ -30,23 +30,30 @@ def check_conv2d(
     """
     check_array("conv2d", "x", x, np.uint8, "(N, H, W, C)")
     check_array("conv2d", "w", w, np.int8, "(O, kh, kw, C)")
+    _, ho, wo, outputs = conv2d_shape(x.shape, w.shape, stride, padding)
+    zx, zw = check_zero_points("conv2d", x_zero_point, w_zero_point, outputs)
+    check_length("conv2d", w[0].size if outputs else 0, zx, zw)
+    return ho, wo
+
+
+def conv2d_shape(
+    x: tuple[int, ...], w: tuple[int, ...], stride: int, padding: int
+) -> tuple[int, int, int, int]:
+    """Return the shape (N, Ho, Wo, O) that x (N, H, W, C) and w (O, kh, kw, C) give; errors as `check_conv2d`."""
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
         if not isinstance(value, (int, np.integer)) or value < least:
             raise RangeError(f"conv2d: {name} is {value!r}; it must be a whole number from {least}.")
-    (_, height, width, channels), (outputs, kh, kw, expected) = x.shape, w.shape
+    (n, height, width, channels), (outputs, kh, kw, expected) = x, w
     if channels != expected:
         raise ShapeError(
-            f"conv2d: weight expects {expected} input channels, input has {channels}.  "
-            f"x {x.shape} NHWC, w {w.shape} OHWI."
+            f"conv2d: weight expects {expected} input channels, input has {channels}.  x {x} NHWC, w {w} OHWI."
         )
-    if min(kh, kw) < 1 or min(height, width) + 2 * padding < 1:
-        raise ShapeError(f"conv2d: nothing to convolve.  x {x.shape} NHWC, w {w.shape} OHWI, padding {padding}.")
-    out = (height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1
-    if min(out) < 1:
-        raise ShapeError(f"conv2d: a {kh}x{kw} window does not fit.  x {x.shape} NHWC, padding {padding}. Pad more.")
-    zx, zw = check_zero_points("conv2d", x_zero_point, w_zero_point, outputs)
-    check_length("conv2d", kh * kw * channels, zx, zw)
-    return out
+    if kh < 1 or kw < 1 or height + 2 * padding < 1 or width + 2 * padding < 1:
+        raise ShapeError(f"conv2d: nothing to convolve.  x {x} NHWC, w {w} OHWI, padding {padding}.")
+    ho, wo = (height + 2 * padding - kh) // stride + 1, (width + 2 * padding - kw) // stride + 1
+    if ho < 1 or wo < 1:
+        raise ShapeError(f"conv2d: a {kh}x{kw} window does not fit.  x {x} NHWC, padding {padding}. Pad more.")
+    return n, ho, wo, outputs
 
 
 def conv2d(

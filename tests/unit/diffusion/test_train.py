@@ -57,7 +57,7 @@ def whole():
 
 def parts(cfg, step=3, schedule=None, data=DATA):
     chunks = noisy_chunks(data.images, schedule or cosine(1000), cfg, step)
-    return chunks, [np.concatenate([getattr(c, k) for c in chunks]) for k in ("x_t", "noise", "t")]
+    return chunks, [np.concatenate([getattr(c, k) for c in chunks]) for k in ("x_t", "target", "t")]
 
 
 @pytest.mark.parametrize(

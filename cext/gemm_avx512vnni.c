@@ -1,0 +1,129 @@
+/* gemm_avx512vnni.c - the tile of gemm_scalar.c in 512-bit registers.
+ *
+ * The instruction. vpdpbusd C, A, B takes 64 bytes of A (unsigned) and of B (signed) and adds to each
+ * of the 16 int32 lanes of C the sum of four products. 64 multiplications, exact: the four products
+ * are summed in 32 bits and added without saturation (vpdpbusds would saturate).
+ *
+ * The tile. 12 rows x 2 panels of 16 outputs = 24 accumulators; 2 registers hold B, 1 holds A:
+ *
+ *            B: 4 k x 16 outputs   B: 4 k x 16 outputs
+ *            [ o0 o1 ....... o15 ] [ o16 ......... o31 ]      a register each, loaded once per 4 k
+ *     a0 ->  [ acc 0,0           ] [ acc 0,1           ]
+ *     a1 ->  [ acc 1,0           ] [ acc 1,1           ]      a_i: 4 bytes of row i, broadcast to all
+ *      :     [   :               ] [   :               ]           16 lanes by the load itself
+ *     a11 -> [ acc 11,0          ] [ acc 11,1          ]
+ *
+ * Why this shape. Each accumulator waits some 4 cycles for its last sum, hence at least 8 of them must
+ * be in flight where two vpdpbusd start in a cycle. 14 loads feed 24 vpdpbusd, so that neither one nor
+ * two loads a cycle hold them up; and a panel pair, read from the second cache for each 12 rows, costs
+ * 128 bytes in 12 to 24 cycles.
+ *
+ * Tails. Fewer rows: the same text with another constant, 12 kernels in all, so that no row is
+ * computed in vain. Fewer outputs: pack.c filled the panel with zeros, a mask guards the store. k: the
+ * packed zeros of the last step.
+ *
+ * Why not vpmaddubsw, the shorter way on older processors: it adds two products in 16 bits with
+ * saturation, 255*127 + 255*127 = 64770 becomes 32767.
+ */
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+#include <string.h>
+
+#include "impl.h"
+#include "target.h"
+
+RQ_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+
+RQ_INLINE __m512i broadcast4(const uint8_t *a)
+{
+    int32_t four;
+    memcpy(&four, a, 4);
+    return _mm512_set1_epi32(four);
+}
+
+/* The register of group g (0 or 1) of a panel's step. */
+RQ_INLINE __m512i load_group(const int8_t *b, const int bits, const int g)
+{
+    if (bits == 8)
+        return _mm512_load_si512(b + 64 * g);
+    /* halves of bytes, brought to the top: 16 times the code, see pack.c */
+    const __m512i both = _mm512_load_si512(b), top = _mm512_set1_epi8((char)0xf0);
+    return _mm512_and_si512(g ? both : _mm512_slli_epi16(both, 4), top);
+}
+
+RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, const int bits)
+{
+    __m512i acc[RQ_MAX_ROWS][RQ_PAIR], b[RQ_PAIR];
+    const uint8_t *a[RQ_MAX_ROWS];
+    const int8_t *panel = t->b;
+    const int64_t panel_bytes = t->panel_bytes, step_bytes = 16 * bits;
+
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; i++) {
+        a[i] = t->a[i];
+#pragma GCC unroll 2
+        for (int j = 0; j < panels; j++)
+            acc[i][j] = _mm512_setzero_si512();
+    }
+    for (int64_t s = 0; s < t->segments; s++) {
+        const int64_t begin = s * t->segment_stride, end = begin + t->steps * RQ_STEP;
+        for (int64_t k = begin; k < end; k += RQ_STEP) {
+#pragma GCC unroll 2
+            for (int g = 0; g < 2; g++) {
+#pragma GCC unroll 2
+                for (int j = 0; j < panels; j++)
+                    b[j] = load_group(panel + j * panel_bytes, bits, g);
+#pragma GCC unroll 12
+                for (int i = 0; i < rows; i++) {
+                    const __m512i four = broadcast4(a[i] + k + 4 * g);
+#pragma GCC unroll 2
+                    for (int j = 0; j < panels; j++)
+                        acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], four, b[j]);
+                }
+            }
+            panel += step_bytes;
+        }
+    }
+#pragma GCC unroll 2
+    for (int j = 0; j < panels; j++) {
+        const int columns = t->columns - j * RQ_PANEL;
+        const __mmask16 store = columns >= RQ_PANEL ? 0xffff : (__mmask16)((1u << columns) - 1);
+        const __m512i add = _mm512_loadu_si512(t->add + j * RQ_PANEL);
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; i++) {
+            const __m512i sum = bits == 8 ? acc[i][j] : _mm512_srai_epi32(acc[i][j], 4);
+            _mm512_mask_storeu_epi32(t->c + i * t->ldc + j * RQ_PANEL, store, _mm512_add_epi32(sum, add));
+        }
+    }
+}
+
+/* One kernel for each number of rows and panels. */
+#define ROWS(rows, bits)                                                                              \
+    case rows:                                                                                        \
+        if (panels == 1)                                                                              \
+            tile(t, rows, 1, bits);                                                                   \
+        else                                                                                          \
+            tile(t, rows, 2, bits);                                                                   \
+        break;
+#define ALL_ROWS(bits)                                                                                \
+    ROWS(1, bits) ROWS(2, bits) ROWS(3, bits) ROWS(4, bits) ROWS(5, bits) ROWS(6, bits)               \
+    ROWS(7, bits) ROWS(8, bits) ROWS(9, bits) ROWS(10, bits) ROWS(11, bits) ROWS(12, bits)
+
+void rq_tile_s8_avx512vnni(const struct rq_tile *t, int rows, int panels)
+{
+    switch (rows) {
+        ALL_ROWS(8)
+    }
+}
+
+void rq_tile_s4_avx512vnni(const struct rq_tile *t, int rows, int panels)
+{
+    switch (rows) {
+        ALL_ROWS(4)
+    }
+}
+
+RQ_TARGET_END
+
+#endif

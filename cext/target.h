@@ -1,0 +1,22 @@
+/* target.h - let a file use an instruction set without compiler flags of its own.
+ *
+ * Everything between RQ_TARGET_BEGIN("avx2") and RQ_TARGET_END may be compiled to those instructions;
+ * the rest of the module stays runnable on every processor. One flag list thus serves all files.
+ */
+#ifndef REFQUANT_TARGET_H
+#define REFQUANT_TARGET_H
+
+#define RQ_PRAGMA(text) _Pragma(#text)
+
+#if defined(__clang__)
+#define RQ_TARGET_BEGIN(isa) RQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define RQ_TARGET_END RQ_PRAGMA(clang attribute pop)
+#elif defined(__GNUC__)
+#define RQ_TARGET_BEGIN(isa) RQ_PRAGMA(GCC push_options) RQ_PRAGMA(GCC target(isa))
+#define RQ_TARGET_END RQ_PRAGMA(GCC pop_options)
+#endif
+
+/* Inlined where its constant arguments are known: one source text, many unrolled kernels. */
+#define RQ_INLINE static inline __attribute__((always_inline))
+
+#endif
