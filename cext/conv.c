@@ -32,7 +32,6 @@
 enum {
     SLAB_BYTES = 192 * 1024,    /* of a second cache of 1 MiB; it holds a panel pair as well */
     UNITS_PER_THREAD = 4,       /* a thread that is interrupted holds up a quarter of its share */
-    ALONE_BELOW = 1000 * 1000,  /* multiplications, some 5 microseconds: less than a team gains */
     MOST_SIZE = 1 << 30         /* of any dimension, so that no product below overflows */
 };
 
@@ -154,22 +153,23 @@ static int64_t load_unit(const struct job *j, struct bench *b, int64_t n, int64_
 
 /* ------------------------------------------------------------------ a unit's tiles */
 
-/* Take a tile of sums through the output stage. */
-static void finish_tile(const struct job *j, struct bench *b, int64_t row, int64_t rows, int64_t m, int64_t first,
+/* Take the tile in b->tile, rows m, m + 1, ... of the result, through the output stage. */
+static void finish_tile(const struct job *j, struct bench *b, int64_t row, int rows, int64_t m, int64_t first,
                         int columns)
 {
-    for (int64_t i = 0; i < rows; i++) {
-        int32_t *sums = b->tile + i * RQ_PAIR * RQ_PANEL;
-        for (int o = 0; j->sums_pixels && o < columns; o++)
-            sums[o] = (int32_t)((uint32_t)sums[o]
-                                - (uint32_t)j->w->zero_points[first + o] * (uint32_t)b->row_sums[row + i]);
-        if (j->y->kind == RQ_INT32)
-            memcpy((int32_t *)j->y->data + (m + i) * j->y->ld + first, sums, sizeof *sums * (size_t)columns);
-        else if (j->y->kind == RQ_FLOAT32)
-            j->kernel->dequantize(j->y, sums, m + i, first, columns);
-        else
-            j->kernel->requantize(j->y, sums, m + i, first, columns);
-    }
+    for (int i = 0; j->sums_pixels && i < rows; i++)
+        for (int o = 0; o < columns; o++) {
+            int32_t *sum = &b->tile[i * RQ_TILE_WIDTH + o];
+            *sum = (int32_t)((uint32_t)*sum - (uint32_t)j->w->zero_points[first + o] * (uint32_t)b->row_sums[row + i]);
+        }
+    if (j->y->kind == RQ_FLOAT32)
+        j->kernel->dequantize(j->y, b->tile, rows, m, first, columns);
+    else if (j->y->kind == RQ_UINT8)
+        j->kernel->requantize(j->y, b->tile, rows, m, first, columns);
+    else
+        for (int i = 0; i < rows; i++)
+            memcpy((int32_t *)j->y->data + (m + i) * j->y->ld + first, b->tile + i * RQ_TILE_WIDTH,
+                   sizeof *b->tile * (size_t)columns);
 }
 
 /* Rows b->rows[0 .. rows-1], which are rows m, m + 1, ... of the result, times a range of panel pairs. */
@@ -180,22 +180,23 @@ static void run_tiles(const struct job *j, struct bench *b, int64_t rows, int64_
     const int direct = j->y->kind == RQ_INT32 && !j->sums_pixels;
     rq_tile_fn *const run = j->w->bits == 8 ? j->kernel->tile_s8 : j->kernel->tile_s4;
     for (int64_t p = first_pair; p < first_pair + pairs; p++) {
-        const int64_t first = p * RQ_PAIR * RQ_PANEL;
-        const int columns = (int)min64(j->w->outputs - first, RQ_PAIR * RQ_PANEL);
+        const int64_t first = p * RQ_TILE_WIDTH;
+        const int columns = (int)min64(j->w->outputs - first, RQ_TILE_WIDTH);
         struct rq_tile t = {
             .segments = j->layout.segments, .segment_stride = line_bytes, .steps = j->layout.steps,
             .b = (const int8_t *)j->w->panels + p * RQ_PAIR * j->layout.panel_bytes,
             .panel_bytes = j->layout.panel_bytes, .add = b->add + first, .columns = columns,
-            .c = b->tile, .ldc = RQ_PAIR * RQ_PANEL,
+            .c = b->tile, .ldc = RQ_TILE_WIDTH,
         };
         for (int64_t i = 0; i < tiles; i++) {
-            const int64_t row = rows * i / tiles, count = rows * (i + 1) / tiles - row; /* of equal height */
+            const int64_t row = rows * i / tiles; /* of equal height */
+            const int count = (int)(rows * (i + 1) / tiles - row);
             t.a = b->rows + row;
             if (direct) {
                 t.c = (int32_t *)j->y->data + (m + row) * j->y->ld + first;
                 t.ldc = j->y->ld;
             }
-            run(&t, (int)count, columns > RQ_PANEL ? 2 : 1);
+            run(&t, count, columns > RQ_PANEL ? 2 : 1);
             if (!direct)
                 finish_tile(j, b, row, count, m + row, first, columns);
         }
@@ -226,7 +227,7 @@ static int64_t lay_out(const struct job *j, uint8_t *memory, struct bench *b)
         rows * (int64_t)sizeof *b->rows,
         j->sums_pixels ? rows * (int64_t)sizeof *b->row_sums : 0,
         j->sums_pixels ? j->slab_lines * j->slab_width * (int64_t)sizeof *b->pixel_sums : 0,
-        RQ_MAX_ROWS * RQ_PAIR * RQ_PANEL * (int64_t)sizeof *b->tile,
+        RQ_MAX_ROWS * RQ_TILE_WIDTH * (int64_t)sizeof *b->tile,
         j->copies ? slab : 0,
     };
     int64_t at[7] = {0};
@@ -358,7 +359,7 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     atomic_init(&j.next, 0);
     atomic_init(&j.status, RQ_OK);
     const double work_size = (double)flat.n * (double)j.ho * (double)j.wo * (double)(w->kh * w->kw * w->c) * (double)w->outputs;
-    if (threads < 1 || work_size < ALONE_BELOW)
+    if (threads < 1 || work_size < RQ_ALONE_BELOW)
         threads = 1;
     plan(&j, threads);
     rq_team_run(threads, work, &j);

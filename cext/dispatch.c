@@ -26,10 +26,15 @@
 #endif
 
 static const struct rq_kernel kernels[] = {
-    {"scalar", 0, 12, rq_tile_s8_scalar, rq_tile_s4_scalar, rq_dequantize_scalar, rq_requantize_scalar},
+    {"scalar", 0, 12, rq_tile_s8_scalar, rq_tile_s4_scalar, rq_dequantize_scalar, rq_requantize_scalar,
+     NULL},
 #if defined(__x86_64__) && defined(__GNUC__)
+    {"avx2", RQ_CPU_AVX2, 6, rq_tile_s8_avx2, rq_tile_s4_avx2, rq_dequantize_avx2, rq_requantize_avx2,
+     rq_peak_avx2},
+    {"avxvnni", RQ_CPU_AVX2 | RQ_CPU_AVXVNNI, 6, rq_tile_s8_avxvnni, rq_tile_s4_avxvnni,
+     rq_dequantize_avx2, rq_requantize_avx2, rq_peak_avxvnni},
     {"avx512vnni", RQ_CPU_AVX512VNNI, 12, rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni,
-     rq_dequantize_scalar, rq_requantize_scalar},
+     rq_dequantize_avx512, rq_requantize_avx512, rq_peak_avx512vnni},
 #endif
 };
 
@@ -56,4 +61,12 @@ uint32_t rq_kernel_needs(int row)
 {
     const struct rq_kernel *kernel = rq_kernel_row(row);
     return kernel ? kernel->needs : UINT32_MAX;
+}
+
+int64_t rq_peak(int row, int64_t rounds)
+{
+    const struct rq_kernel *kernel = rq_kernel_row(row);
+    if (!kernel || (kernel->needs & ~rq_cpu_features()))
+        return RQ_ERR_KERNEL;
+    return kernel->peak ? kernel->peak(rounds) : 0;
 }

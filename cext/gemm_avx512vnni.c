@@ -124,6 +124,21 @@ void rq_tile_s4_avx512vnni(const struct rq_tile *t, int rows, int panels)
     }
 }
 
+int64_t rq_peak_avx512vnni(int64_t rounds)
+{
+    __m512i acc[16], a = _mm512_set1_epi8(1);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++)
+        acc[i] = a;
+    for (int64_t r = 0; r < rounds; r++)
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) {
+            acc[i] = _mm512_dpbusd_epi32(acc[i], a, a);
+            RQ_KEEP(acc[i]);
+        }
+    return rounds * 16 * 64;
+}
+
 RQ_TARGET_END
 
 #endif

@@ -28,7 +28,8 @@ enum {
     RQ_STEP = 8,    /* bytes of k that a kernel takes at once: two groups of 4, what vpdpbusd sums */
     RQ_PANEL = 16,  /* outputs of a panel: the int32 lanes of a 512-bit register */
     RQ_MAX_ROWS = 12,  /* of a tile: 12 rows x 2 panels are 24 accumulators, of 32 registers */
-    RQ_PAIR = 2     /* panels of a tile */
+    RQ_PAIR = 2,    /* panels of a tile */
+    RQ_TILE_WIDTH = RQ_PAIR * RQ_PANEL
 };
 
 /* One tile: c[i][j] = add[j] + sum over k of a[i][k] b[k][j]. */
@@ -47,8 +48,13 @@ struct rq_tile {
  * It checks nothing: conv.c has refused bad sizes and pointers before, for all of them. */
 typedef void rq_tile_fn(const struct rq_tile *t, int rows, int panels);
 
-/* The output stage of one row of a tile: see output.c. */
-typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int64_t row, int64_t first, int columns);
+/* The output stage of a tile: see output.c. `sums` has lines of RQ_TILE_WIDTH, 64-byte aligned. */
+typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+                          int columns);
+
+/* Run the kernel's multiplying instruction on registers alone, `rounds` times what fills the pipeline;
+ * return the number of multiplications. Its speed is what no kernel can exceed. */
+typedef int64_t rq_peak_fn(int64_t rounds);
 
 /* A row of the kernel table (dispatch.c). */
 struct rq_kernel {
@@ -58,6 +64,7 @@ struct rq_kernel {
     rq_tile_fn *tile_s8;   /* weights of 8 bits */
     rq_tile_fn *tile_s4;   /* weights of 4 bits, two in a byte */
     rq_output_fn *dequantize, *requantize;
+    rq_peak_fn *peak;      /* NULL: not measured */
 };
 const struct rq_kernel *rq_kernel_row(int row);  /* NULL: no such row */
 
@@ -68,6 +75,10 @@ rq_tile_fn rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni;
 rq_tile_fn rq_tile_s8_neondot, rq_tile_s4_neondot;
 
 rq_output_fn rq_dequantize_scalar, rq_requantize_scalar;
+rq_output_fn rq_dequantize_avx2, rq_requantize_avx2;
+rq_output_fn rq_dequantize_avx512, rq_requantize_avx512;
+
+rq_peak_fn rq_peak_avx2, rq_peak_avxvnni, rq_peak_avx512vnni;
 
 /* How packed weights lie in memory; see pack.c. */
 struct rq_layout {

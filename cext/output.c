@@ -6,31 +6,44 @@
  *     RQ_UINT8     the next operation is an integer one: multiply by mantissa / 2^shift in 64 bits,
  *                  round to the nearest, ties to even, add the zero point, limit. No float at all.
  *
- * Each function serves one row of a tile: sums[0 .. columns-1] of row `row` and outputs `first`,
- * first + 1, ... A sum includes bias and zero points already.
+ * Each function serves a tile: sums[i * RQ_TILE_WIDTH + j] belongs to row `row` + i and output
+ * `first` + j. A sum includes bias and zero points already.
  */
-#include <stddef.h>
-
 #include "impl.h"
-#include "output.h"
 
-void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int64_t row, int64_t first, int columns)
+void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+                          int columns)
 {
-    float *const out = (float *)y->data + row * y->ld + first;
-    const float *const residual = y->residual ? y->residual + row * y->residual_ld + first : NULL;
-    for (int j = 0; j < columns; j++) {
-        float value = (float)sums[j] * y->scale[first + j];
-        if (y->bias)
-            value += y->bias[first + j];
-        if (residual)
-            value += residual[j];
-        out[j] = value;
-    }
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            float value = (float)sums[i * RQ_TILE_WIDTH + j] * y->scale[first + j];
+            if (y->bias)
+                value += y->bias[first + j];
+            if (y->residual)
+                value += y->residual[(row + i) * y->residual_ld + first + j];
+            ((float *)y->data)[(row + i) * y->ld + first + j] = value;
+        }
 }
 
-void rq_requantize_scalar(const struct rq_output *y, const int32_t *sums, int64_t row, int64_t first, int columns)
+/* p / 2^shift to the nearest integer, ties to even. With h = 2^(shift-1) - 1, adding h lifts everything
+ * above a tie over the next integer, and adding 1 more where the floor is odd lifts the tie itself: it
+ * goes to the even neighbour above. A shift of 0 rounds nothing. |p| <= 2^62: no overflow. `>>` of a
+ * negative number is arithmetic in every compiler that this code meets. */
+static int64_t rounding_shift(int64_t p, int shift)
 {
-    uint8_t *const out = (uint8_t *)y->data + row * y->ld + first;
-    for (int j = 0; j < columns; j++)
-        out[j] = rq_requantize(sums[j], y->mantissa[first + j], y->shift[first + j], y);
+    if (shift == 0)
+        return p;
+    return (p + ((int64_t)1 << (shift - 1)) - 1 + ((p >> shift) & 1)) >> shift;
+}
+
+void rq_requantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+                          int columns)
+{
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            const int64_t product = (int64_t)sums[i * RQ_TILE_WIDTH + j] * y->mantissa[first + j];
+            const int64_t code = rounding_shift(product, y->shift[first + j]) + y->zero_point;
+            ((uint8_t *)y->data)[(row + i) * y->ld + first + j] =
+                (uint8_t)(code < y->qmin ? y->qmin : code > y->qmax ? y->qmax : code);
+        }
 }

@@ -59,6 +59,11 @@ int rq_kernel_count(void);
 const char *rq_kernel_name(int row);   /* NULL: no such row */
 uint32_t rq_kernel_needs(int row);     /* UINT32_MAX: no such row */
 
+/* Run the multiplying instruction of kernel `row` on registers alone for a while that grows with
+ * `rounds`; return how many multiplications that were. Timed by the caller, it is the speed that no
+ * kernel of this instruction set can exceed. 0: this kernel has no such instruction; or a status. */
+int64_t rq_peak(int row, int64_t rounds);
+
 /* A product of codes lies in [-255*128, 255*127], so that k <= (2^31 - 1) / (255*128) = 65793
  * terms fit int32 whatever the data. With zero points the limit is another (at most 131071);
  * sums wrap modulo 2^32 on the way, hence the result is exact whenever it fits. Python checks that. */
@@ -110,8 +115,9 @@ struct rq_output {
 
 /* y[n,i,j,o] = sum over p,q,c of (x[n, stride i + p - padding, stride j + q - padding, c] - zx)
  *                              * (w[o,p,q,c] - zw[o]),   then the output stage.
- * Runs kernel `row` on the calling thread and up to threads - 1 others. The result may overlap no
+ * Runs kernel `row` on the calling thread and, if there is enough to do, up to threads - 1 others. The result may overlap no
  * operand. Its rows are the pixels (n, i, j) in order. */
+#define RQ_ALONE_BELOW 1000000  /* multiplications, some 5 microseconds: less than a team gains */
 int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_weights *w,
               int64_t stride, int64_t padding, const struct rq_output *y);
 

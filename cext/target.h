@@ -19,4 +19,8 @@
 /* Inlined where its constant arguments are known: one source text, many unrolled kernels. */
 #define RQ_INLINE static inline __attribute__((always_inline))
 
+/* Here the value is in a register, as written. gcc 12 else regroups acc + m0 + m1 as acc + (m0 + m1): a
+ * dozen products wait for their neighbours, and half of the accumulators go to memory. */
+#define RQ_KEEP(value) __asm__ volatile("" : "+v"(value))
+
 #endif
