@@ -71,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
         save_classifier(args.out, classifier, {"mean": stats.mean, "cov": stats.cov}, facts)
         result = f"test accuracy {facts['test_accuracy']:.4f}"
     else:
-        model = DiffusionModel(
-            args.out.stem, UNet(config(args.network), rng), schedule(args.schedule, args.timesteps), args.prediction, facts
-        )
+        network, noise = UNet(config(args.network), rng), schedule(args.schedule, args.timesteps)
+        model = DiffusionModel(args.out.stem, network, noise, args.prediction, facts)
         losses = train(
             model.network, dataset, model.schedule, cfg, prediction=args.prediction, state=state, quiet=args.quiet
         )

@@ -34,10 +34,11 @@ def default_threads():
     set_threads(None)
 
 
-def run(cfg=CFG, state=None, data=DATA, schedule=None, net=TINY):
+def run(cfg=CFG, state=None, data=DATA, schedule=None, net=TINY, prediction="eps"):
     """Train from the seed; weights as one vector and losses."""
     model = UNet(net, np.random.default_rng(cfg.seed))
-    losses = train(model, data, schedule or linear(20), cfg, state=state, save_seconds=0, quiet=True)
+    schedule = schedule or linear(20)
+    losses = train(model, data, schedule, cfg, prediction=prediction, state=state, save_seconds=0, quiet=True)
     return np.concatenate([p.data.ravel() for p in model.parameters()]), losses
 
 
@@ -173,9 +174,9 @@ def die(original, calls=[]):  # at the given call of os.fsync or os.replace: in 
 if call != "never":
     setattr(os, call, die(getattr(os, call)))
 
-def told(images, schedule, cfg, step, original=module.noisy_chunks):
+def told(images, schedule, cfg, step, prediction, original=module.noisy_chunks):
     print(step, flush=True)
-    return original(images, schedule, cfg, step)
+    return original(images, schedule, cfg, step, prediction)
 
 module.noisy_chunks = told
 model = UNet(net, np.random.default_rng(cfg.seed))
@@ -235,9 +236,10 @@ def test_killed_at_random_moments(tmp_path):
         ({"schedule": linear(21)}, "timesteps"),
         ({"net": replace(TINY, dropout=0.2)}, "network"),
         ({"data": replace(DATA, name="others")}, "data"),
+        ({"prediction": "v"}, "prediction"),
         ({"cfg": replace(CFG, rate=1e-3), "schedule": cosine(21)}, "rate, schedule, timesteps"),
     ],
-    ids=["schedule", "timesteps", "network", "data", "three"],
+    ids=["schedule", "timesteps", "network", "data", "prediction", "three"],
 )
 def test_state_of_another_run(options, names, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
