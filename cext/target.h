@@ -11,16 +11,26 @@
 #if defined(__clang__)
 #define RQ_TARGET_BEGIN(isa) RQ_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define RQ_TARGET_END RQ_PRAGMA(clang attribute pop)
+#define RQ_UNROLL RQ_PRAGMA(clang loop unroll(full))
 #elif defined(__GNUC__)
 #define RQ_TARGET_BEGIN(isa) RQ_PRAGMA(GCC push_options) RQ_PRAGMA(GCC target(isa))
 #define RQ_TARGET_END RQ_PRAGMA(GCC pop_options)
+#define RQ_UNROLL RQ_PRAGMA(GCC unroll 16)
 #endif
+
+/* RQ_UNROLL before a loop of a constant number of rounds, at most 16, writes it out; only then do its
+ * arrays become registers. clang reads `GCC unroll 16` as "by 16, or not at all": a loop of 5 rounds
+ * would stay, and its accumulators in memory. */
 
 /* Inlined where its constant arguments are known: one source text, many unrolled kernels. */
 #define RQ_INLINE static inline __attribute__((always_inline))
 
 /* Here the value is in a register, as written. gcc 12 else regroups acc + m0 + m1 as acc + (m0 + m1): a
  * dozen products wait for their neighbours, and half of the accumulators go to memory. */
+#if defined(__aarch64__)
+#define RQ_KEEP(value) __asm__ volatile("" : "+w"(value))
+#else
 #define RQ_KEEP(value) __asm__ volatile("" : "+v"(value))
+#endif
 
 #endif

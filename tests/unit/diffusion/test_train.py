@@ -135,10 +135,10 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
     """Interrupted at steps 2, 5 and 11 by the batch that cannot be had."""
     for stop_at in (2, 5, 11):
 
-        def interrupted(images, schedule, cfg, step, stop_at=stop_at):
+        def interrupted(images, schedule, cfg, step, prediction, stop_at=stop_at):
             if step == stop_at:
                 raise KeyboardInterrupt
-            return noisy_chunks(images, schedule, cfg, step)
+            return noisy_chunks(images, schedule, cfg, step, prediction)
 
         with monkeypatch.context() as patch:
             patch.setattr("refquant.diffusion.train.noisy_chunks", interrupted)
