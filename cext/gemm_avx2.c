@@ -44,11 +44,13 @@ RQ_INLINE __m256i widen_a(const uint8_t *a)
 /* 16 bytes of group g (0 or 1) of a panel's step, outputs 4q .. 4q+3, widened. */
 RQ_INLINE __m256i widen_b(const int8_t *b, const int bits, const int g, const int q)
 {
+    const __m256i code = _mm256_cvtepi8_epi16(
+        _mm_load_si128((const __m128i *)(b + (bits == 8 ? 64 * g : 0) + 16 * q)));
     if (bits == 8)
-        return _mm256_cvtepi8_epi16(_mm_load_si128((const __m128i *)(b + 64 * g + 16 * q)));
-    /* halves of bytes, brought to the top: 16 times the code, see pack.c */
-    const __m128i both = _mm_load_si128((const __m128i *)(b + 16 * q)), top = _mm_set1_epi8((char)0xf0);
-    return _mm256_cvtepi8_epi16(_mm_and_si128(g ? both : _mm_slli_epi16(both, 4), top));
+        return code;
+    /* two codes in a byte, see pack.c: each to 16 times its value, with the sign that it has there */
+    return g ? _mm256_and_si256(code, _mm256_set1_epi16((short)0xfff0))
+             : _mm256_srai_epi16(_mm256_slli_epi16(code, 12), 8);
 }
 
 /* Outputs first .. first+7 of one row. */
