@@ -36,6 +36,10 @@ static const struct rq_kernel kernels[] = {
     {"avx512vnni", RQ_CPU_AVX512VNNI, 12, rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni,
      rq_dequantize_avx512, rq_requantize_avx512, rq_peak_avx512vnni},
 #endif
+#if defined(__aarch64__) && defined(__GNUC__)
+    {"neondot", RQ_CPU_NEONDOT, 8, rq_tile_s8_neondot, rq_tile_s4_neondot, rq_dequantize_scalar,
+     rq_requantize_scalar, NULL},
+#endif
 };
 
 enum { KERNEL_COUNT = sizeof kernels / sizeof kernels[0] };

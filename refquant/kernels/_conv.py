@@ -206,7 +206,8 @@ def _run(
     if x.flags.c_contiguous:
         data, line, image = ffi.from_buffer(_BYTES, x), width * c, h * width * c
     else:  # from_buffer refuses lines that lie apart, and is five times faster than this
-        data, line, image = ffi.cast("uint8_t *", x.ctypes.data), x.strides[1], x.strides[0]
+        data, line = ffi.cast("uint8_t *", x.ctypes.data), x.strides[1]
+        image = x.strides[0] if n > 1 else h * line  # of one image, NumPy may say anything
     source = ffi.new(_INPUT, (data, n, h, width, c, image, line, zx))
     residual = None if residual is None else np.ascontiguousarray(residual)
     target = ffi.new(_OUTPUT, _stage(output, residual, out))
