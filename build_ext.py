@@ -31,15 +31,12 @@ BEGIN, END = "/* cffi: begin */", "/* cffi: end */"
 # Never -march=native: a wheel is run elsewhere; each kernel names the instructions it needs.
 # No auto-vectorization: the scalar kernel must stay scalar, or its time means nothing.
 # No contraction of a*b+c into one rounding: float results would depend on the compiler.
-# No partial redundancy elimination: gcc 12 moves the last shift of the 4-bit kernels into their inner
-# loop, and 21 of 24 accumulators to memory with it.
 # No debug information: it would carry the name of a temporary folder into the wheel.
 FLAGS = [
     "-O3",
     "-std=c11",
     "-fno-tree-vectorize",
     "-fno-tree-slp-vectorize",
-    "-fno-tree-pre",
     "-ffp-contract=off",
     "-pthread",
     "-Wall",

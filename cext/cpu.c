@@ -70,6 +70,13 @@ static uint32_t ask(void)
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) ? RQ_CPU_NEONDOT : 0;
 }
 
+#elif defined(__aarch64__) && defined(__APPLE__)
+
+static uint32_t ask(void)
+{
+    return RQ_CPU_NEONDOT; /* every Apple processor that runs macOS has it */
+}
+
 #else
 
 static uint32_t ask(void)

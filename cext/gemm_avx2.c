@@ -72,23 +72,23 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int bits)
         __m256i acc[ROWS][QUARTERS], w[QUARTERS];
         const int8_t *b = t->b + first / RQ_PANEL * t->panel_bytes;
         const int half = first % RQ_PANEL / 4; /* its first quarter, 0 or 2 */
-#pragma GCC unroll 6
+        RQ_UNROLL
         for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
+            RQ_UNROLL
             for (int q = 0; q < QUARTERS; q++)
                 acc[i][q] = _mm256_setzero_si256();
         for (int64_t s = 0; s < t->segments; s++) {
             const int64_t begin = s * t->segment_stride, end = begin + t->steps * RQ_STEP;
             for (int64_t k = begin; k < end; k += RQ_STEP, b += 16 * bits) {
-#pragma GCC unroll 2
+                RQ_UNROLL
                 for (int g = 0; g < 2; g++) {
-#pragma GCC unroll 2
+                    RQ_UNROLL
                     for (int q = 0; q < QUARTERS; q++)
                         w[q] = widen_b(b, bits, g, half + q);
-#pragma GCC unroll 6
+                    RQ_UNROLL
                     for (int i = 0; i < rows; i++) {
                         const __m256i a = widen_a(t->a[i] + k + 4 * g);
-#pragma GCC unroll 2
+                        RQ_UNROLL
                         for (int q = 0; q < QUARTERS; q++) {
                             acc[i][q] = _mm256_add_epi32(acc[i][q], _mm256_madd_epi16(a, w[q]));
                             RQ_KEEP(acc[i][q]);
@@ -97,7 +97,7 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int bits)
                 }
             }
         }
-#pragma GCC unroll 6
+        RQ_UNROLL
         for (int i = 0; i < rows; i++)
             store(t, i, first, acc[i], bits);
     }
@@ -120,11 +120,11 @@ void rq_tile_s4_avx2(const struct rq_tile *t, int rows, int panels) { ALL_ROWS(4
 int64_t rq_peak_avx2(int64_t rounds)
 {
     __m256i acc[12], a = _mm256_set1_epi16(1);
-#pragma GCC unroll 12
+    RQ_UNROLL
     for (int i = 0; i < 12; i++)
         acc[i] = a;
     for (int64_t r = 0; r < rounds; r++)
-#pragma GCC unroll 12
+        RQ_UNROLL
         for (int i = 0; i < 12; i++) {
             acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(a, acc[i]));
             RQ_KEEP(acc[i]);

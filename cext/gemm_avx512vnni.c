@@ -59,25 +59,25 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, c
     const int8_t *panel = t->b;
     const int64_t panel_bytes = t->panel_bytes, step_bytes = 16 * bits;
 
-#pragma GCC unroll 12
+    RQ_UNROLL
     for (int i = 0; i < rows; i++) {
         a[i] = t->a[i];
-#pragma GCC unroll 2
+        RQ_UNROLL
         for (int j = 0; j < panels; j++)
             acc[i][j] = _mm512_setzero_si512();
     }
     for (int64_t s = 0; s < t->segments; s++) {
         const int64_t begin = s * t->segment_stride, end = begin + t->steps * RQ_STEP;
         for (int64_t k = begin; k < end; k += RQ_STEP) {
-#pragma GCC unroll 2
+            RQ_UNROLL
             for (int g = 0; g < 2; g++) {
-#pragma GCC unroll 2
+                RQ_UNROLL
                 for (int j = 0; j < panels; j++)
                     b[j] = load_group(panel + j * panel_bytes, bits, g);
-#pragma GCC unroll 12
+                RQ_UNROLL
                 for (int i = 0; i < rows; i++) {
                     const __m512i four = broadcast4(a[i] + k + 4 * g);
-#pragma GCC unroll 2
+                    RQ_UNROLL
                     for (int j = 0; j < panels; j++)
                         acc[i][j] = _mm512_dpbusd_epi32(acc[i][j], four, b[j]);
                 }
@@ -85,13 +85,14 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, c
             panel += step_bytes;
         }
     }
-#pragma GCC unroll 2
+    RQ_UNROLL
     for (int j = 0; j < panels; j++) {
         const int columns = t->columns - j * RQ_PANEL;
         const __mmask16 store = columns >= RQ_PANEL ? 0xffff : (__mmask16)((1u << columns) - 1);
         const __m512i add = _mm512_loadu_si512(t->add + j * RQ_PANEL);
-#pragma GCC unroll 12
+        RQ_UNROLL
         for (int i = 0; i < rows; i++) {
+            RQ_KEEP(acc[i][j]);
             const __m512i sum = bits == 8 ? acc[i][j] : _mm512_srai_epi32(acc[i][j], 4);
             _mm512_mask_storeu_epi32(t->c + i * t->ldc + j * RQ_PANEL, store, _mm512_add_epi32(sum, add));
         }
@@ -127,11 +128,11 @@ void rq_tile_s4_avx512vnni(const struct rq_tile *t, int rows, int panels)
 int64_t rq_peak_avx512vnni(int64_t rounds)
 {
     __m512i acc[16], a = _mm512_set1_epi8(1);
-#pragma GCC unroll 16
+    RQ_UNROLL
     for (int i = 0; i < 16; i++)
         acc[i] = a;
     for (int64_t r = 0; r < rounds; r++)
-#pragma GCC unroll 16
+        RQ_UNROLL
         for (int i = 0; i < 16; i++) {
             acc[i] = _mm512_dpbusd_epi32(acc[i], a, a);
             RQ_KEEP(acc[i]);

@@ -47,6 +47,7 @@ RQ_INLINE __m256i load_group(const int8_t *b, const int bits, const int g, const
 /* Outputs first .. first+7 of one row. */
 RQ_INLINE void store(const struct rq_tile *t, int row, int first, __m256i sum, const int bits)
 {
+    RQ_KEEP(sum);
     if (bits == 4)
         sum = _mm256_srai_epi32(sum, 4);
     sum = _mm256_add_epi32(sum, _mm256_loadu_si256((const __m256i *)(t->add + first)));
@@ -60,32 +61,32 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, c
     for (int p = 0; p < panels; p++) {
         __m256i acc[ROWS][HALVES], w[HALVES];
         const int8_t *b = t->b + p * t->panel_bytes;
-#pragma GCC unroll 6
+        RQ_UNROLL
         for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
+            RQ_UNROLL
             for (int h = 0; h < HALVES; h++)
                 acc[i][h] = _mm256_setzero_si256();
         for (int64_t s = 0; s < t->segments; s++) {
             const int64_t begin = s * t->segment_stride, end = begin + t->steps * RQ_STEP;
             for (int64_t k = begin; k < end; k += RQ_STEP, b += 16 * bits) {
-#pragma GCC unroll 2
+                RQ_UNROLL
                 for (int g = 0; g < 2; g++) {
-#pragma GCC unroll 2
+                    RQ_UNROLL
                     for (int h = 0; h < HALVES; h++)
                         w[h] = load_group(b, bits, g, h);
-#pragma GCC unroll 6
+                    RQ_UNROLL
                     for (int i = 0; i < rows; i++) {
                         const __m256i four = broadcast4(t->a[i] + k + 4 * g);
-#pragma GCC unroll 2
+                        RQ_UNROLL
                         for (int h = 0; h < HALVES; h++)
                             acc[i][h] = _mm256_dpbusd_avx_epi32(acc[i][h], four, w[h]);
                     }
                 }
             }
         }
-#pragma GCC unroll 6
+        RQ_UNROLL
         for (int i = 0; i < rows; i++)
-#pragma GCC unroll 2
+            RQ_UNROLL
             for (int h = 0; h < HALVES; h++)
                 store(t, i, p * RQ_PANEL + 8 * h, acc[i][h], bits);
     }
@@ -107,11 +108,11 @@ void rq_tile_s4_avxvnni(const struct rq_tile *t, int rows, int panels) { ALL_ROW
 int64_t rq_peak_avxvnni(int64_t rounds)
 {
     __m256i acc[12], a = _mm256_set1_epi8(1);
-#pragma GCC unroll 12
+    RQ_UNROLL
     for (int i = 0; i < 12; i++)
         acc[i] = a;
     for (int64_t r = 0; r < rounds; r++)
-#pragma GCC unroll 12
+        RQ_UNROLL
         for (int i = 0; i < 12; i++) {
             acc[i] = _mm256_dpbusd_avx_epi32(acc[i], a, a);
             RQ_KEEP(acc[i]);

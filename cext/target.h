@@ -25,8 +25,10 @@
 /* Inlined where its constant arguments are known: one source text, many unrolled kernels. */
 #define RQ_INLINE static inline __attribute__((always_inline))
 
-/* Here the value is in a register, as written. gcc 12 else regroups acc + m0 + m1 as acc + (m0 + m1): a
- * dozen products wait for their neighbours, and half of the accumulators go to memory. */
+/* Here the value is in a register, as written. Two habits of gcc 12 make it necessary: it regroups
+ * acc + m0 + m1 as acc + (m0 + m1), so that a dozen products wait for their neighbours and half of the
+ * accumulators go to memory; and it moves what follows a loop (the shift of the 4-bit kernels) into its
+ * last round, and 21 of 24 accumulators to memory with it. */
 #if defined(__aarch64__)
 #define RQ_KEEP(value) __asm__ volatile("" : "+w"(value))
 #else

@@ -106,23 +106,23 @@ static void register_tile(void)
     for (int m = 0; m < M; m += 4)
         for (int n = 0; n < N; n += 4) {
             __m512i sums[4][4]; /* each loaded register is used four times */
-#pragma GCC unroll 16
+            RQ_UNROLL
             for (int i = 0; i < 16; i++)
                 sums[i / 4][i % 4] = _mm512_setzero_si512();
             for (int k = 0; k < K; k += 64) {
                 __m512i b[4];
-#pragma GCC unroll 4
+                RQ_UNROLL
                 for (int j = 0; j < 4; j++)
                     b[j] = _mm512_load_si512(weights + (n + j) * K + k);
-#pragma GCC unroll 4
+                RQ_UNROLL
                 for (int i = 0; i < 4; i++) {
                     const __m512i a = _mm512_load_si512(unfolded + (m + i) * K + k);
-#pragma GCC unroll 4
+                    RQ_UNROLL
                     for (int j = 0; j < 4; j++)
                         sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], a, b[j]);
                 }
             }
-#pragma GCC unroll 16
+            RQ_UNROLL
             for (int i = 0; i < 16; i++)
                 result[(m + i / 4) * N + n + i % 4] = _mm512_reduce_add_epi32(sums[i / 4][i % 4]);
         }
