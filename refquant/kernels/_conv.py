@@ -84,7 +84,8 @@ def gemm(
     if m == 0:
         return _target("gemm", (0, n), output, out, a, residual)
     out = _target("gemm", (m, n), output, out, a, residual)
-    _run("gemm", a.reshape(1, m, 1, k), b, 1, 0, a_zero_point, output, residual, out.reshape(1, m, 1, n))
+    rows = None if residual is None else residual.reshape(1, m, 1, n)
+    _run("gemm", a.reshape(1, m, 1, k), b, 1, 0, a_zero_point, output, rows, out.reshape(1, m, 1, n))
     return out
 
 
