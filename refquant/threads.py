@@ -55,6 +55,17 @@ def set_threads(n: int | None) -> None:
     _threads = n
 
 
+@contextmanager
+def using_threads(n: int) -> Iterator[None]:
+    """Use `n` worker threads inside a `with` block, in the whole process; then as many as before."""
+    before = _threads
+    set_threads(n)
+    try:
+        yield
+    finally:
+        set_threads(before)
+
+
 def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Apply `function` to every item on the worker threads, results in the order of the items.
 

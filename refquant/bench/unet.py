@@ -85,6 +85,6 @@ def _our_update(model: UNet, x: np.ndarray, t: np.ndarray) -> Callable[[], objec
         noise = rng.standard_normal(x_0.shape, dtype=np.float32)
         x_t = schedule.q_sample(x_0, t, noise)
         chunks = [NoisyChunk(x_t[i::parts], noise[i::parts], t[i::parts], rng) for i in range(parts)]
-        updater.step(chunks, lambda c: ops.mse(model(Tensor(c.x_t), c.t, None), c.noise), next(counter))
+        updater.step(chunks, lambda c: ops.mse(model(Tensor(c.x_t), c.t, None), c.target), next(counter))
 
     return update

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
+from .. import kernels
+from ..bench import kernels as kernel_bench
 from ..bench import unet
 from ..nn.unet import CONFIGS
 from .common import add_verb, print_table, say, setting, write_json
@@ -13,18 +16,30 @@ from .common import add_verb, print_table, say, setting, write_json
 
 def add(verbs: Any) -> None:
     """Describe the verb."""
-    p = add_verb(verbs, "bench", "Time training or sampling beside PyTorch, same network and batch, in one run.",
-                 "refquant bench unet --batch 16 --repeats 2")  # fmt: skip
-    p.add_argument("what", choices=("train", "unet"), help="train: one update; unet: one forward pass")
-    p.add_argument("--network", choices=tuple(CONFIGS), default="mnist-unet", help="configuration, random weights")
-    p.add_argument("--batch", type=int, default=64, metavar="B", help="images")
+    p = add_verb(verbs, "bench", "Time training, sampling or the integer kernels beside other libraries, in one run.",
+                 "refquant bench kernels --shapes 256,16x16 8x8 --repeats 5")  # fmt: skip
+    p.add_argument("what", choices=("train", "unet", "kernels"),
+                   help="train: one update; unet: one forward pass; kernels: convolutions in uint8 x int8")  # fmt: skip
     p.add_argument("--repeats", type=int, default=10, metavar="R", help="timed rounds, engines taking turns")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    net = p.add_argument_group("train and unet")
+    net.add_argument("--network", choices=tuple(CONFIGS), default="mnist-unet", help="configuration, random weights")
+    net.add_argument("--batch", type=int, default=64, metavar="B", help="images")
+    integer = p.add_argument_group("kernels")
+    integer.add_argument("--shapes", nargs="+", metavar="TEXT", help="those whose name contains a TEXT")
+    integer.add_argument("--gemm", action="store_true", help="matrix products of the same size, beside NumPy float32")
+    integer.add_argument("--int4", action="store_true", help="weights of 4 bits beside those of 8, two larger shapes")
+    integer.add_argument("--zero-point", type=int, default=0, metavar="Z", help="code of the activations that means 0")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time it, print images per second and ratios."""
+    """Time what is asked for."""
+    return run_kernels(args) if args.what == "kernels" else run_network(args)
+
+
+def run_network(args: argparse.Namespace) -> int:
+    """Print images per second and ratios."""
     say(args, f"bench {args.what} {args.network} batch {args.batch}, {setting()}")
     times = unet.run(args.what, args.network, args.batch, args.repeats, args.seed)
     ours = times["refquant"]
@@ -37,3 +52,63 @@ def run(args: argparse.Namespace) -> int:
         print("PyTorch is not installed: pip install torch, to compare.")
     write_json(args.json, {"what": args.what, "network": args.network, "batch": args.batch, "seconds": times})
     return 0
+
+
+def run_kernels(args: argparse.Namespace) -> int:
+    """Print GOP/s of our kernels and their share of the peak, then of the peers, and ratios."""
+    wide = [name for name in kernels.supported() if name not in kernel_bench.SLOW]
+    isas = wide if args.isa is None and wide else [kernels.active()]
+    shapes = kernel_bench.chosen_shapes(args.shapes or (), args.int4)
+    say(args, f"bench kernels, {len(shapes)} shapes, {args.repeats} rounds, {setting()}")
+    found = kernel_bench.run(
+        shapes, args.repeats, isas=isas, int4=args.int4, gemm=args.gemm, zero_point=args.zero_point, seed=args.seed,
+        progress=lambda text: say(args, text),
+    )  # fmt: skip
+    print_kernels(found, isas)
+    write_json(args.json, {"what": "kernels", "repeats": args.repeats, "gemm": args.gemm, "int4": args.int4, **found})
+    return 0
+
+
+def print_kernels(found: dict[str, Any], isas: list[str]) -> None:
+    """Print the result of `bench.kernels.run`: ours, peers, peers beside ours, and the mean ratio of each kernel."""
+    rows, peaks = found["shapes"], found["peak_gops"]
+    print(f"GOP/s, {found['threads']} threads; in brackets the share of the peak of the kernel's own instruction.")
+    print("A shape is images, channels in->out, pixels, window.")
+    ours = [name for name in rows[0]["gops"] if name.split()[0] in isas]
+    share = {name: 100 / peaks[name.split()[0]] for name in ours if name.split()[0] in peaks}
+
+    def cell(name: str, gops: float) -> str:
+        return f"{gops:.0f} ({share[name] * gops:.0f}%)" if name in share else f"{gops:.0f}"
+
+    print_table(("shape", *ours), [(r["name"], *(cell(n, r["gops"][n]) for n in ours)) for r in rows])
+    print("peaks: " + (", ".join(f"{isa} {peak:.0f} GOP/s" for isa, peak in peaks.items()) or "none measured"))
+    print()
+    for name, what in found["peers"].items():
+        print(f"{name + ':':<14} {what or 'not installed (pip install refquant[bench])'}")
+    names = [n for n in found["peers"] if any(n in r["gops"] for r in rows)]
+    print()
+    _print_ratios(rows, names, isas)
+    for r in rows:
+        for name, reason in r["unfit"].items():
+            print(f"{name}, {r['name']}: not timed, {reason}")
+
+
+def _print_ratios(rows: list[dict[str, Any]], names: list[str], isas: list[str]) -> None:
+    """Print peers in GOP/s, and for our fastest kernel how many times as fast as the best peer it is."""
+    compared = [key for key in rows[0]["ratios"]]
+    if not compared:
+        print("No peer computes the same here: there is nothing to compare with.")
+        return
+    fastest = compared[-1]
+    table = []
+    for r in rows:
+        ratio = r["ratios"][fastest]
+        cells = [f"{r['gops'][n]:.0f}" if n in r["gops"] else "-" for n in (fastest, *names)]
+        table.append((r["name"], *cells, f"{ratio['median']:.2f}", f"{ratio['least']:.2f}-{ratio['most']:.2f}"))
+    print_table(("shape", fastest, *names, "ratio", "range"), table)
+    print("ratio: how many times as fast as the fastest comparable peer; median and range over the rounds.")
+    for key in compared:
+        ratios = {r["name"]: r["ratios"][key]["median"] for r in rows}
+        least = min(ratios, key=ratios.__getitem__)
+        mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
+        print(f"{key}: geometric mean {mean:.2f}, least {ratios[least]:.2f} ({least})")

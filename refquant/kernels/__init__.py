@@ -20,19 +20,24 @@ name that cannot be obeyed is an error, never another kernel in silence.
 from ..ref.output import Dequantize, Requantize
 from ._conv import conv2d, gemm
 from ._dispatch import active, available, build_info, supported, use, using
+from ._peak import peak_gops
+from ._verify import Verification, verify
 from ._weights import PackedWeights, pack_weights
 
 __all__ = [
     "Dequantize",
     "PackedWeights",
     "Requantize",
+    "Verification",
     "active",
     "available",
     "build_info",
     "conv2d",
     "gemm",
     "pack_weights",
+    "peak_gops",
     "supported",
     "use",
     "using",
+    "verify",
 ]
