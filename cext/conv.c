@@ -5,29 +5,22 @@
  *     add[o] = bias[o] - zx sum w[o,k] + K zx zw[o]
  *
  * The micro-kernels compute "sum xw + add". The sum over x[m,k] is needed only where zw is not 0, and
- * is the same for all outputs.
+ * is the same for all outputs. Where slab.c leaves out a part of the window, sum w runs over the rest:
+ * what is left out has x = zx, and xw - zx w = 0.
  *
- * Five loops, from the outside:
+ * Six loops, from the outside:
  *
  *     1  units, dealt to threads: lines of one image x a range of panel pairs
  *     2  panel pairs of the unit           K * 32 bytes of weights: stay in the second cache
- *     3  tiles of up to 12 pixels          their K bytes each: in the first cache
- *     4  segments of k                     }  the micro-kernel
- *     5  steps of 8 k                      }
- *
- * The border. A unit copies the lines that it needs into a slab, with pixels of the code zx around
- * them; so a window never leaves the slab, and no loop asks where it is. The copy also ends in 8
- * spare bytes, for the last step of a segment whose length is no multiple of 8. Where there is no
- * border and no such rest, the image itself is the slab. A slab is kept below SLAB_BYTES, that is in
- * the second cache, whatever the size of the image.
- *
- * Zeros as padding would be wrong: the code 0 means the number -zx * scale.
+ *     3  parts of the unit                 pixels that see the same part of the window
+ *     4  tiles of up to 12 pixels          their K bytes each: in the first cache
+ *     5  segments of k                     }  the micro-kernel
+ *     6  steps of 8 k                      }
  */
-#include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
 
-#include "impl.h"
+#include "conv.h"
 
 enum {
     SLAB_BYTES = 192 * 1024,    /* of a second cache of 1 MiB; it holds a panel pair as well */
@@ -35,214 +28,113 @@ enum {
     MOST_SIZE = 1 << 30         /* of any dimension, so that no product below overflows */
 };
 
-struct job {
-    const struct rq_kernel *kernel;
-    const struct rq_input *x;
-    const struct rq_weights *w;
-    const struct rq_output *y;
-    struct rq_layout layout;
-    int64_t stride, padding, ho, wo;
-    int64_t lines, line_units;  /* of the result: in a unit, units in an image */
-    int64_t pairs, pair_units;  /* panel pairs in a unit, units of them */
-    int64_t slab_width, slab_lines;
-    int copies, sums_pixels;
-    int64_t scratch_bytes;
-    atomic_llong next;          /* unit to be dealt */
-    atomic_int status;
-};
-
-/* What a thread keeps while it works on a job: parts of its scratch memory. */
-struct bench {
-    int32_t *add;               /* (16 panels) */
-    const uint8_t **rows;       /* first byte of each pixel of the unit */
-    int32_t *row_sums;          /* sum of x over k of each of them */
-    int32_t *pixel_sums;        /* sum over c of each pixel of the slab */
-    int32_t *tile;              /* (12, 32) sums, on their way to the output stage */
-    uint8_t *slab;
-    int64_t unit;               /* of lines, whose slab this is; -1: none yet */
-};
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t round_up64(int64_t a) { return (a + 63) / 64 * 64; }
-
-/* ------------------------------------------------------------------ a unit's activations */
-
-/* Sum of `count` bytes: 8 at a time, as four sums of 16 bits in one word. A lane grows by at most
- * 510 a word and holds 65535, hence 128 words at a time. */
-static int32_t sum_bytes(const uint8_t *x, int64_t count)
-{
-    const uint64_t even = 0x00ff00ff00ff00ffu;
-    int64_t i = 0;
-    uint32_t total = 0;
-    while (count - i >= 8) {
-        const int64_t end = i + min64((count - i) / 8, 128) * 8;
-        uint64_t lanes = 0;
-        for (; i < end; i += 8) {
-            uint64_t word;
-            memcpy(&word, x + i, 8);
-            lanes += (word & even) + ((word >> 8) & even);
-        }
-        total += (uint32_t)((lanes & 0xffff) + (lanes >> 16 & 0xffff) + (lanes >> 32 & 0xffff) + (lanes >> 48));
-    }
-    for (; i < count; i++)
-        total += x[i];
-    return (int32_t)total;
-}
-
-/* Copy the lines that `lines` lines of the result from line `first` on need, with their border. */
-static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, int64_t first, int64_t lines)
-{
-    const struct rq_input *x = j->x;
-    const int zx = x->zero_point;
-    const int64_t side = j->padding * x->c, inner = x->w * x->c;
-    for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++) {
-        const int64_t line = first * j->stride - j->padding + i;
-        if (line < 0 || line >= x->h) {
-            memset(slab, zx, (size_t)(2 * side + inner));
-        } else {
-            memset(slab, zx, (size_t)side);
-            memcpy(slab + side, image + line * x->line_stride, (size_t)inner);
-            memset(slab + side + inner, zx, (size_t)side);
-        }
-        slab += 2 * side + inner;
-    }
-    memset(slab, 0, RQ_STEP);
-}
-
-/* Sum over the window of each pixel of the unit, from the sums over the channels of each pixel. */
-static void sum_windows(const struct job *j, struct bench *b, const uint8_t *first, int64_t line_bytes, int64_t lines)
-{
-    const int64_t width = j->slab_width, c = j->x->c;
-    for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++)
-        for (int64_t k = 0; k < width; k++)
-            b->pixel_sums[i * width + k] = sum_bytes(first + i * line_bytes + k * c, c);
-    int32_t *out = b->row_sums;
-    for (int64_t i = 0; i < lines; i++)
-        for (int64_t k = 0; k < j->wo; k++) {
-            uint32_t sum = 0;
-            for (int64_t p = 0; p < j->w->kh; p++)
-                for (int64_t q = 0; q < j->w->kw; q++)
-                    sum += (uint32_t)b->pixel_sums[(i * j->stride + p) * width + k * j->stride + q];
-            *out++ = (int32_t)sum;
-        }
-}
-
-/* Make the pixels of a unit of lines ready: a pointer to each, in the image or in the slab. */
-static int64_t load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first, int64_t lines)
-{
-    const struct rq_input *x = j->x;
-    const uint8_t *image = x->data + n * x->image_stride, *start;
-    int64_t line_bytes;
-    if (j->copies) {
-        fill_slab(j, b->slab, image, first, lines);
-        start = b->slab;
-        line_bytes = j->slab_width * x->c;
-    } else {
-        start = image + first * j->stride * x->line_stride;
-        line_bytes = x->line_stride;
-    }
-    const uint8_t **row = b->rows;
-    for (int64_t i = 0; i < lines; i++)
-        for (int64_t k = 0; k < j->wo; k++)
-            *row++ = start + i * j->stride * line_bytes + k * j->stride * x->c;
-    if (j->sums_pixels)
-        sum_windows(j, b, start, line_bytes, lines);
-    return line_bytes;
-}
 
 /* ------------------------------------------------------------------ a unit's tiles */
 
-/* Take the tile in b->tile, rows m, m + 1, ... of the result, through the output stage. */
-static void finish_tile(const struct job *j, struct bench *b, int64_t row, int rows, int64_t m, int64_t first,
-                        int columns)
+/* add[0 .. columns-1] for outputs first, first + 1, ... of a part. The sums of w over a part of the
+ * window follow from those over the corner parts that pack.c made. */
+static void fill_add(const struct job *j, const struct part *part, int64_t first, int columns, int32_t *add)
 {
+    const struct rq_weights *w = j->w;
+    const int64_t zx = j->x->zero_point, k = w->kh * w->kw * w->c, line = w->kw + 1;
+    const int32_t *corner[4] = {
+        w->sums + (part->p1 * line + part->q1) * w->outputs + first,
+        w->sums + (part->p0 * line + part->q1) * w->outputs + first,
+        w->sums + (part->p1 * line + part->q0) * w->outputs + first,
+        w->sums + (part->p0 * line + part->q0) * w->outputs + first,
+    };
+    for (int o = 0; o < columns; o++) {
+        const int64_t zw = w->zero_points ? w->zero_points[first + o] : 0;
+        const int64_t bias = j->y->int_bias ? j->y->int_bias[first + o] : 0;
+        const int64_t sum = (int64_t)corner[0][o] - corner[1][o] - corner[2][o] + corner[3][o];
+        add[o] = (int32_t)(uint32_t)(bias - zx * sum + k * zx * zw);
+    }
+}
+
+/* Take the tile in b->tile, rows row, row + 1, ... of the unit, through the output stage. */
+static void finish_tile(const struct job *j, struct bench *b, int64_t row, int rows, int64_t first, int columns)
+{
+    const int64_t *const at = b->at + row;
     for (int i = 0; j->sums_pixels && i < rows; i++)
         for (int o = 0; o < columns; o++) {
             int32_t *sum = &b->tile[i * RQ_TILE_WIDTH + o];
             *sum = (int32_t)((uint32_t)*sum - (uint32_t)j->w->zero_points[first + o] * (uint32_t)b->row_sums[row + i]);
         }
     if (j->y->kind == RQ_FLOAT32)
-        j->kernel->dequantize(j->y, b->tile, rows, m, first, columns);
+        j->kernel->dequantize(j->y, b->tile, rows, at, first, columns);
     else if (j->y->kind == RQ_UINT8)
-        j->kernel->requantize(j->y, b->tile, rows, m, first, columns);
+        j->kernel->requantize(j->y, b->tile, rows, at, first, columns);
     else
         for (int i = 0; i < rows; i++)
-            memcpy((int32_t *)j->y->data + (m + i) * j->y->ld + first, b->tile + i * RQ_TILE_WIDTH,
+            memcpy((int32_t *)j->y->data + at[i] * j->y->ld + first, b->tile + i * RQ_TILE_WIDTH,
                    sizeof *b->tile * (size_t)columns);
 }
 
-/* Rows b->rows[0 .. rows-1], which are rows m, m + 1, ... of the result, times a range of panel pairs. */
-static void run_tiles(const struct job *j, struct bench *b, int64_t rows, int64_t m, int64_t line_bytes,
-                      int64_t first_pair, int64_t pairs)
+/* The rows of one part times one panel pair. */
+static void run_part(const struct job *j, struct bench *b, const struct part *part, int64_t pair)
 {
-    const int64_t tiles = ceil_div(rows, j->kernel->rows);
+    static const int64_t in_order[RQ_MAX_ROWS] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     const int direct = j->y->kind == RQ_INT32 && !j->sums_pixels;
     rq_tile_fn *const run = j->w->bits == 8 ? j->kernel->tile_s8 : j->kernel->tile_s4;
-    for (int64_t p = first_pair; p < first_pair + pairs; p++) {
-        const int64_t first = p * RQ_TILE_WIDTH;
-        const int columns = (int)min64(j->w->outputs - first, RQ_TILE_WIDTH);
-        struct rq_tile t = {
-            .segments = j->layout.segments, .segment_stride = line_bytes, .steps = j->layout.steps,
-            .b = (const int8_t *)j->w->panels + p * RQ_PAIR * j->layout.panel_bytes,
-            .panel_bytes = j->layout.panel_bytes, .add = b->add + first, .columns = columns,
-            .c = b->tile, .ldc = RQ_TILE_WIDTH,
-        };
-        for (int64_t i = 0; i < tiles; i++) {
-            const int64_t row = rows * i / tiles; /* of equal height */
-            const int count = (int)(rows * (i + 1) / tiles - row);
-            t.a = b->rows + row;
-            if (direct) {
-                t.c = (int32_t *)j->y->data + (m + row) * j->y->ld + first;
-                t.ldc = j->y->ld;
-            }
-            run(&t, count, columns > RQ_PANEL ? 2 : 1);
-            if (!direct)
-                finish_tile(j, b, row, count, m + row, first, columns);
-        }
+    const int64_t first = pair * RQ_TILE_WIDTH, steps = j->layout.steps;
+    const int64_t step_bytes = RQ_STEP * RQ_PANEL * j->w->bits / 8;
+    const int columns = (int)rq_min(j->w->outputs - first, RQ_TILE_WIDTH);
+    _Alignas(64) int32_t add[RQ_TILE_WIDTH] = {0};
+    fill_add(j, part, first, columns, add);
+
+    struct rq_tile t = {
+        .segments = part->p1 - part->p0, .segment_stride = b->line_bytes, .steps = steps,
+        .b = (const int8_t *)j->w->panels + pair * RQ_PAIR * j->layout.panel_bytes + part->p0 * steps * step_bytes,
+        .panel_bytes = j->layout.panel_bytes, .add = add, .columns = columns,
+        .c = direct ? (int32_t *)j->y->data + first : b->tile, .ldc = direct ? j->y->ld : RQ_TILE_WIDTH,
+    };
+    if (part->q1 - part->q0 < j->w->kw) { /* C is a multiple of the step then: slab.c saw to it */
+        const int64_t steps_of_tap = j->x->c / RQ_STEP;
+        t.steps = (part->q1 - part->q0) * steps_of_tap;
+        t.b += part->q0 * steps_of_tap * step_bytes;
+        t.gap = (steps - t.steps) * step_bytes;
+    }
+    const int64_t tiles = rq_ceil_div(part->rows, j->kernel->rows);
+    for (int64_t i = 0; i < tiles; i++) {
+        const int64_t row = part->first + part->rows * i / tiles; /* of equal height */
+        const int count = (int)(part->first + part->rows * (i + 1) / tiles - row);
+        t.a = b->rows + row;
+        t.at = direct ? b->at + row : in_order;
+        run(&t, count, columns > RQ_PANEL ? 2 : 1);
+        if (!direct)
+            finish_tile(j, b, row, count, first, columns);
     }
 }
 
 /* ------------------------------------------------------------------ the whole job */
 
-static void fill_add(const struct job *j, int32_t *add)
-{
-    const struct rq_weights *w = j->w;
-    const int64_t zx = j->x->zero_point, k = w->kh * w->kw * w->c;
-    memset(add, 0, sizeof *add * (size_t)(j->layout.panels * RQ_PANEL));
-    for (int64_t o = 0; o < w->outputs; o++) {
-        const int64_t zw = w->zero_points ? w->zero_points[o] : 0;
-        const int64_t bias = j->y->int_bias ? j->y->int_bias[o] : 0;
-        add[o] = (int32_t)(uint32_t)(bias - zx * w->sums[o] + k * zx * zw);
-    }
-}
-
 /* Cut this thread's scratch memory into the parts of a bench; return the bytes used. memory may be NULL. */
 static int64_t lay_out(const struct job *j, uint8_t *memory, struct bench *b)
 {
-    const int64_t rows = j->lines * j->wo;
-    const int64_t slab = j->slab_lines * j->slab_width * j->x->c + RQ_STEP;
-    const int64_t sizes[6] = {
-        j->layout.panels * RQ_PANEL * (int64_t)sizeof *b->add,
+    const int64_t rows = j->lines * j->wo, pixels = j->slab_lines * j->slab_width;
+    const int64_t sizes[7] = {
         rows * (int64_t)sizeof *b->rows,
+        rows * (int64_t)sizeof *b->at,
+        3 * j->lines * (int64_t)sizeof *b->parts,
         j->sums_pixels ? rows * (int64_t)sizeof *b->row_sums : 0,
-        j->sums_pixels ? j->slab_lines * j->slab_width * (int64_t)sizeof *b->pixel_sums : 0,
+        j->sums_pixels ? pixels * (int64_t)sizeof *b->pixel_sums : 0,
         RQ_MAX_ROWS * RQ_TILE_WIDTH * (int64_t)sizeof *b->tile,
-        j->copies ? slab : 0,
+        j->copies ? pixels * j->x->c + RQ_STEP : 0,
     };
-    int64_t at[7] = {0};
-    for (int i = 0; i < 6; i++)
+    int64_t at[8] = {0};
+    for (int i = 0; i < 7; i++)
         at[i + 1] = at[i] + round_up64(sizes[i]);
     if (memory) {
-        b->add = (int32_t *)(memory + at[0]);
-        b->rows = (const uint8_t **)(memory + at[1]);
-        b->row_sums = (int32_t *)(memory + at[2]);
-        b->pixel_sums = (int32_t *)(memory + at[3]);
-        b->tile = (int32_t *)(memory + at[4]);
-        b->slab = memory + at[5];
-        b->unit = -1;
+        b->rows = (const uint8_t **)(memory + at[0]);
+        b->at = (int64_t *)(memory + at[1]);
+        b->parts = (struct part *)(memory + at[2]);
+        b->row_sums = (int32_t *)(memory + at[3]);
+        b->pixel_sums = (int32_t *)(memory + at[4]);
+        b->tile = (int32_t *)(memory + at[5]);
+        b->slab = memory + at[6];
     }
-    return at[6];
+    return at[7];
 }
 
 /* What every thread of the team does: take units until there are none. */
@@ -256,35 +148,36 @@ static void work(void *context)
         return;
     }
     lay_out(j, memory, &b);
-    fill_add(j, b.add);
-    const int64_t all_pairs = ceil_div(j->layout.panels, RQ_PAIR);
+    const int64_t all_pairs = rq_ceil_div(j->layout.panels, RQ_PAIR);
     const int64_t units = j->x->n * j->line_units * j->pair_units;
-    int64_t line_bytes = 0, unit;
+    int64_t loaded = -1, unit; /* the slab that is ready: threads get its ranges of pairs one after another */
     while ((unit = atomic_fetch_add(&j->next, 1)) < units) {
         const int64_t place = unit / j->pair_units, n = place / j->line_units;
-        const int64_t first = place % j->line_units * j->lines, lines = min64(j->lines, j->ho - first);
-        if (place != b.unit)
-            line_bytes = load_unit(j, &b, n, first, lines);
-        b.unit = place;
+        const int64_t first = place % j->line_units * j->lines;
+        if (place != loaded)
+            rq_load_unit(j, &b, n, first, rq_min(j->lines, j->ho - first));
+        loaded = place;
         const int64_t pair = unit % j->pair_units * j->pairs;
-        run_tiles(j, &b, lines * j->wo, (n * j->ho + first) * j->wo, line_bytes, pair, min64(j->pairs, all_pairs - pair));
+        for (int64_t p = pair; p < rq_min(pair + j->pairs, all_pairs); p++)
+            for (int64_t i = 0; i < b.part_count; i++)
+                run_part(j, &b, &b.parts[i], p);
     }
 }
 
 /* Choose the size of a unit, so that its slab fits the cache and there are enough for all threads. */
 static void plan(struct job *j, int threads)
 {
-    const int64_t all_pairs = ceil_div(j->layout.panels, RQ_PAIR), wanted = (int64_t)threads * UNITS_PER_THREAD;
+    const int64_t all_pairs = rq_ceil_div(j->layout.panels, RQ_PAIR), wanted = (int64_t)threads * UNITS_PER_THREAD;
     const int64_t line_bytes = j->stride * j->slab_width * j->x->c;
-    int64_t lines = min64(j->ho, SLAB_BYTES / (line_bytes + 1) + 1);
-    while (j->x->n * ceil_div(j->ho, lines) * all_pairs < wanted && lines * j->wo > 2 * j->kernel->rows && lines > 1)
-        lines = ceil_div(lines, 2);
-    j->line_units = ceil_div(j->ho, lines);
-    j->lines = ceil_div(j->ho, j->line_units); /* of equal height */
-    j->line_units = ceil_div(j->ho, j->lines);
-    j->pair_units = min64(all_pairs, ceil_div(wanted, j->x->n * j->line_units));
-    j->pairs = ceil_div(all_pairs, j->pair_units);
-    j->pair_units = ceil_div(all_pairs, j->pairs);
+    int64_t lines = rq_min(j->ho, SLAB_BYTES / (line_bytes + 1) + 1);
+    while (j->x->n * rq_ceil_div(j->ho, lines) * all_pairs < wanted && lines * j->wo > 2 * j->kernel->rows && lines > 1)
+        lines = rq_ceil_div(lines, 2);
+    j->line_units = rq_ceil_div(j->ho, lines);
+    j->lines = rq_ceil_div(j->ho, j->line_units); /* of equal height */
+    j->line_units = rq_ceil_div(j->ho, j->lines);
+    j->pair_units = rq_min(all_pairs, rq_ceil_div(wanted, j->x->n * j->line_units));
+    j->pairs = rq_ceil_div(all_pairs, j->pair_units);
+    j->pair_units = rq_ceil_div(all_pairs, j->pairs);
     j->slab_lines = (j->lines - 1) * j->stride + j->w->kh;
     j->scratch_bytes = lay_out(j, NULL, NULL);
 }

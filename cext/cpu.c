@@ -6,6 +6,7 @@
  * x86-64. The instruction `cpuid` answers from numbered leaves, one bit a feature:
  *
  *     leaf  1, ecx bit 27   OSXSAVE: the system manages registers through xsave
+ *     leaf  1, ecx bit 12   FMA (the output stage of AVX2 kernels uses it)
  *     leaf  7, ebx bit  5   AVX2
  *     leaf  7, ebx bit 16   AVX512F   bit 17  AVX512DQ   bit 30  AVX512BW   bit 31  AVX512VL
  *     leaf  7, ecx bit 11   AVX512_VNNI (vpdpbusd on 512 bits)
@@ -42,13 +43,14 @@ static uint32_t ask(void)
     if (!__get_cpuid(1, &a, &b, &c, &d) || !BIT(c, 27))
         return 0; /* xgetbv would be an illegal instruction */
 
+    const int fma = BIT(c, 12);
     const uint32_t ymm_state = 0x06, zmm_state = 0xe6;
     const uint32_t saved = xcr0();
     if ((saved & ymm_state) != ymm_state || !__get_cpuid_count(7, 0, &a, &b, &c, &d))
         return 0;
 
     uint32_t features = 0;
-    if (BIT(b, 5))
+    if (BIT(b, 5) && fma)
         features |= RQ_CPU_AVX2;
     if ((saved & zmm_state) == zmm_state
         && BIT(b, 16) && BIT(b, 17) && BIT(b, 30) && BIT(b, 31) && BIT(c, 11))

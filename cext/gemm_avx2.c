@@ -61,7 +61,7 @@ RQ_INLINE void store(const struct rq_tile *t, int row, int first, const __m256i 
     if (bits == 4)
         sum = _mm256_srai_epi32(sum, 4);
     sum = _mm256_add_epi32(sum, _mm256_loadu_si256((const __m256i *)(t->add + first)));
-    int32_t *const c = t->c + row * t->ldc + first;
+    int32_t *const c = t->c + t->at[row] * t->ldc + first;
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     _mm256_maskstore_epi32(c, _mm256_cmpgt_epi32(_mm256_set1_epi32(t->columns - first), lane), sum);
 }
@@ -96,6 +96,7 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int bits)
                     }
                 }
             }
+            b += t->gap;
         }
         RQ_UNROLL
         for (int i = 0; i < rows; i++)

@@ -84,6 +84,7 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, c
             }
             panel += step_bytes;
         }
+        panel += t->gap;
     }
     RQ_UNROLL
     for (int j = 0; j < panels; j++) {
@@ -94,7 +95,7 @@ RQ_INLINE void tile(const struct rq_tile *t, const int rows, const int panels, c
         for (int i = 0; i < rows; i++) {
             RQ_KEEP(acc[i][j]);
             const __m512i sum = bits == 8 ? acc[i][j] : _mm512_srai_epi32(acc[i][j], 4);
-            _mm512_mask_storeu_epi32(t->c + i * t->ldc + j * RQ_PANEL, store, _mm512_add_epi32(sum, add));
+            _mm512_mask_storeu_epi32(t->c + t->at[i] * t->ldc + j * RQ_PANEL, store, _mm512_add_epi32(sum, add));
         }
     }
 }

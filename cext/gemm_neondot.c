@@ -100,6 +100,7 @@ RQ_INLINE void half_panel(const struct rq_tile *t, const int first, const int ro
             }
             b += 16 * bits;
         }
+        b += t->gap;
     }
     RQ_UNROLL
     for (int i = 0; i < rows; i++) {
@@ -111,7 +112,7 @@ RQ_INLINE void half_panel(const struct rq_tile *t, const int first, const int ro
                 sum[j] = vshrq_n_s32(sum[j], 4); /* it was 16 times the sum */
             sum[j] = vaddq_s32(sum[j], vld1q_s32(t->add + first + 4 * j));
         }
-        store(t->c + i * t->ldc + first, sum[0], sum[1], t->columns - first);
+        store(t->c + t->at[i] * t->ldc + first, sum[0], sum[1], t->columns - first);
     }
 }
 

@@ -35,7 +35,8 @@ static int code_s4(const int8_t *panel, int64_t step, int64_t j, int64_t k)
     return half < 8 ? half : half - 16;
 }
 
-static void tile(const struct rq_tile *t, int rows, int (*code)(const int8_t *, int64_t, int64_t, int64_t))
+static void tile(const struct rq_tile *t, int rows, int64_t step_bytes,
+                 int (*code)(const int8_t *, int64_t, int64_t, int64_t))
 {
     for (int i = 0; i < rows; i++) {
         for (int j = 0; j < t->columns; j++) {
@@ -44,9 +45,10 @@ static void tile(const struct rq_tile *t, int rows, int (*code)(const int8_t *, 
             for (int64_t s = 0; s < t->segments; s++) {
                 const uint8_t *a = t->a[i] + s * t->segment_stride;
                 for (int64_t k = 0; k < t->steps * RQ_STEP; k++)
-                    sum += (uint32_t)(a[k] * code(panel, s * t->steps + k / RQ_STEP, j % RQ_PANEL, k % RQ_STEP));
+                    sum += (uint32_t)(a[k] * code(panel, k / RQ_STEP, j % RQ_PANEL, k % RQ_STEP));
+                panel += t->steps * step_bytes + t->gap;
             }
-            t->c[i * t->ldc + j] = (int32_t)sum;
+            t->c[t->at[i] * t->ldc + j] = (int32_t)sum;
         }
     }
 }
@@ -54,11 +56,11 @@ static void tile(const struct rq_tile *t, int rows, int (*code)(const int8_t *, 
 void rq_tile_s8_scalar(const struct rq_tile *t, int rows, int panels)
 {
     (void)panels; /* t->columns says it more precisely */
-    tile(t, rows, code_s8);
+    tile(t, rows, 128, code_s8);
 }
 
 void rq_tile_s4_scalar(const struct rq_tile *t, int rows, int panels)
 {
     (void)panels;
-    tile(t, rows, code_s4);
+    tile(t, rows, 64, code_s4);
 }

@@ -32,15 +32,17 @@ enum {
     RQ_TILE_WIDTH = RQ_PAIR * RQ_PANEL
 };
 
-/* One tile: c[i][j] = add[j] + sum over k of a[i][k] b[k][j]. */
+/* One tile: c[at[i]][j] = add[j] + sum over k of a[i][k] b[k][j]. */
 struct rq_tile {
     const uint8_t *const *a;  /* first byte of each row */
     int64_t segments, segment_stride, steps;  /* of a row: how many, bytes between them, steps in each */
     const int8_t *b;          /* first panel */
     int64_t panel_bytes;      /* from one panel to the next */
+    int64_t gap;              /* bytes of a panel to leave out after each segment */
     const int32_t *add;       /* 16 for each panel: zero points and bias */
     int32_t *c;
     int64_t ldc;              /* elements from row to row */
+    const int64_t *at;        /* row of c of each row of a */
     int columns;              /* outputs to store: 1 to 16 * panels */
 };
 
@@ -49,7 +51,7 @@ struct rq_tile {
 typedef void rq_tile_fn(const struct rq_tile *t, int rows, int panels);
 
 /* The output stage of a tile: see output.c. `sums` has lines of RQ_TILE_WIDTH, 64-byte aligned. */
-typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns);
 
 /* Run the kernel's multiplying instruction on registers alone, `rounds` times what fills the pipeline;

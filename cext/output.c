@@ -6,12 +6,12 @@
  *     RQ_UINT8     the next operation is an integer one: multiply by mantissa / 2^shift in 64 bits,
  *                  round to the nearest, ties to even, add the zero point, limit. No float at all.
  *
- * Each function serves a tile: sums[i * RQ_TILE_WIDTH + j] belongs to row `row` + i and output
+ * Each function serves a tile: sums[i * RQ_TILE_WIDTH + j] belongs to row at[i] and output
  * `first` + j. A sum includes bias and zero points already.
  */
 #include "impl.h"
 
-void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns)
 {
     for (int i = 0; i < rows; i++)
@@ -20,8 +20,8 @@ void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int ro
             if (y->bias)
                 value += y->bias[first + j];
             if (y->residual)
-                value += y->residual[(row + i) * y->residual_ld + first + j];
-            ((float *)y->data)[(row + i) * y->ld + first + j] = value;
+                value += y->residual[at[i] * y->residual_ld + first + j];
+            ((float *)y->data)[at[i] * y->ld + first + j] = value;
         }
 }
 
@@ -36,14 +36,14 @@ static int64_t rounding_shift(int64_t p, int shift)
     return (p + ((int64_t)1 << (shift - 1)) - 1 + ((p >> shift) & 1)) >> shift;
 }
 
-void rq_requantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_requantize_scalar(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns)
 {
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < columns; j++) {
             const int64_t product = (int64_t)sums[i * RQ_TILE_WIDTH + j] * y->mantissa[first + j];
             const int64_t code = rounding_shift(product, y->shift[first + j]) + y->zero_point;
-            ((uint8_t *)y->data)[(row + i) * y->ld + first + j] =
+            ((uint8_t *)y->data)[at[i] * y->ld + first + j] =
                 (uint8_t)(code < y->qmin ? y->qmin : code > y->qmax ? y->qmax : code);
         }
 }

@@ -1,13 +1,7 @@
 /* output_avx2.c - the output stage of output.c, 8 outputs at a time.
  *
- * As output_avx512.c, which explains it, with 4 products of 64 bits in a register, and without two
- * things that AVX2 lacks:
- *
- *     an arithmetic shift of 64 bits. -2^62 <= p, so that p + 2^62 is not negative; shifted as an
- *     unsigned number it is (p >> shift) + 2^(62-shift), exactly, because shift <= 62;
- *     min and max of 64 bits: a comparison and a selection.
- *
- * The last outputs, fewer than 8, are left to plain C.
+ * As output_avx512.c, which explains it, with 4 doubles in a register. The last outputs, fewer than 8,
+ * are left to plain C.
  */
 #if defined(__x86_64__) && defined(__GNUC__)
 
@@ -17,11 +11,11 @@
 #include "impl.h"
 #include "target.h"
 
-RQ_TARGET_BEGIN("avx2")
+RQ_TARGET_BEGIN("avx2,fma")
 
 enum { LANES = 8 };
 
-void rq_dequantize_avx2(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_dequantize_avx2(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                         int columns)
 {
     int j = 0;
@@ -34,77 +28,59 @@ void rq_dequantize_avx2(const struct rq_output *y, const int32_t *sums, int rows
             if (y->bias)
                 value = _mm256_add_ps(value, bias);
             if (y->residual)
-                value = _mm256_add_ps(value, _mm256_loadu_ps(y->residual + (row + i) * y->residual_ld + first + j));
-            _mm256_storeu_ps((float *)y->data + (row + i) * y->ld + first + j, value);
+                value = _mm256_add_ps(value, _mm256_loadu_ps(y->residual + at[i] * y->residual_ld + first + j));
+            _mm256_storeu_ps((float *)y->data + at[i] * y->ld + first + j, value);
         }
     }
     if (j < columns)
-        rq_dequantize_scalar(y, sums + j, rows, row, first + j, columns - j);
+        rq_dequantize_scalar(y, sums + j, rows, at, first + j, columns - j);
 }
 
-RQ_INLINE __m256i floor_shift(__m256i p, __m256i shift)
+/* mantissa / 2^shift of 4 outputs, shift from 31 to 62. */
+RQ_INLINE __m256d multiplier(const int32_t *mantissa, const int32_t *shift)
 {
-    const __m256i lift = _mm256_set1_epi64x((int64_t)1 << 62);
-    return _mm256_sub_epi64(_mm256_srlv_epi64(_mm256_add_epi64(p, lift), shift), _mm256_srlv_epi64(lift, shift));
+    const __m256i exponent = _mm256_sub_epi64(
+        _mm256_set1_epi64x(1023), _mm256_cvtepi32_epi64(_mm_loadu_si128((const __m128i *)shift)));
+    const __m256d power = _mm256_castsi256_pd(_mm256_slli_epi64(exponent, 52));
+    return _mm256_mul_pd(_mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)mantissa)), power);
 }
 
-RQ_INLINE __m256i limit(__m256i code, __m256i low, __m256i high)
-{
-    code = _mm256_blendv_epi8(code, low, _mm256_cmpgt_epi64(low, code));
-    return _mm256_blendv_epi8(code, high, _mm256_cmpgt_epi64(code, high));
-}
-
-/* mantissa / 2^shift of 4 outputs, ready for use. */
-struct scale4 { __m256i mantissa, shift, half, rest; };
-
-RQ_INLINE struct scale4 prepare(__m256i mantissa, __m256i shift)
-{
-    const __m256i one = _mm256_set1_epi64x(1), zero = _mm256_setzero_si256();
-    const __m256i s = _mm256_and_si256(shift, _mm256_set1_epi64x(63));
-    const __m256i unit = _mm256_sllv_epi64(one, s), exact = _mm256_cmpeq_epi64(s, zero);
-    return (struct scale4){
-        .mantissa = mantissa, .shift = s,
-        .half = _mm256_andnot_si256(exact, _mm256_srli_epi64(unit, 1)),
-        .rest = _mm256_or_si256(exact, _mm256_sub_epi64(unit, one)),
-    };
-}
-
-RQ_INLINE __m256i scale(__m256i sums, const struct scale4 *by, __m256i low, __m256i high)
-{
-    const __m256i p = _mm256_add_epi64(_mm256_mul_epi32(sums, by->mantissa), by->half);
-    const __m256i ties = _mm256_cmpeq_epi64(_mm256_and_si256(p, by->rest), _mm256_setzero_si256());
-    const __m256i q = floor_shift(p, by->shift);
-    return limit(_mm256_andnot_si256(_mm256_srli_epi64(ties, 63), q), low, high); /* ties: bit 0 cleared */
-}
-
-void rq_requantize_avx2(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_requantize_avx2(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                         int columns)
 {
-    /* limits before the zero point is added: the codes then stay within 32 bits */
-    const __m256i low = _mm256_set1_epi64x(y->qmin - y->zero_point);
-    const __m256i high = _mm256_set1_epi64x(y->qmax - y->zero_point);
+    const __m256d integers = _mm256_set1_pd(0x1.8p52);
+    const __m256i least = _mm256_set1_epi32(y->qmin - y->zero_point);
+    const __m256i most = _mm256_set1_epi32(y->qmax - y->zero_point);
     const __m256i zero_point = _mm256_set1_epi32(y->zero_point);
     /* the low bytes of four int32, in each half */
     const __m256i bytes = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
                                            0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
     int j = 0;
     for (; j + LANES <= columns; j += LANES) {
-        const __m256i m = _mm256_loadu_si256((const __m256i *)(y->mantissa + first + j));
-        const __m256i s = _mm256_loadu_si256((const __m256i *)(y->shift + first + j));
-        const struct scale4 even = prepare(m, s);
-        const struct scale4 odd = prepare(_mm256_srli_epi64(m, 32), _mm256_srli_epi64(s, 32));
+        const int32_t *mantissa = y->mantissa + first + j, *shift = y->shift + first + j;
+        const __m256i shifts = _mm256_loadu_si256((const __m256i *)shift);
+        if (_mm256_movemask_epi8(_mm256_cmpgt_epi32(_mm256_set1_epi32(31), shifts))) {
+            rq_requantize_scalar(y, sums + j, rows, at, first + j, LANES);
+            continue;
+        }
+        const __m256d m0 = multiplier(mantissa, shift), m1 = multiplier(mantissa + 4, shift + 4);
         for (int i = 0; i < rows; i++) {
-            const __m256i sum = _mm256_load_si256((const __m256i *)(sums + i * RQ_TILE_WIDTH + j));
-            const __m256i q0 = scale(sum, &even, low, high);
-            const __m256i q1 = scale(_mm256_srli_epi64(sum, 32), &odd, low, high);
-            const __m256i q = _mm256_blend_epi32(q0, _mm256_slli_epi64(q1, 32), 0xaa);
+            const int32_t *const sum = sums + i * RQ_TILE_WIDTH + j;
+            const __m256d s0 = _mm256_cvtepi32_pd(_mm_load_si128((const __m128i *)sum));
+            const __m256d s1 = _mm256_cvtepi32_pd(_mm_load_si128((const __m128i *)(sum + 4)));
+            const __m256 q0 = _mm256_castpd_ps(_mm256_fmadd_pd(s0, m0, integers));
+            const __m256 q1 = _mm256_castpd_ps(_mm256_fmadd_pd(s1, m1, integers));
+            /* low halves: [0 1 | 2 3] and [4 5 | 6 7] -> [0 1 4 5 | 2 3 6 7] -> in order */
+            __m256i q = _mm256_castps_si256(_mm256_shuffle_ps(q0, q1, 0x88));
+            q = _mm256_permute4x64_epi64(q, 0xd8);
+            q = _mm256_min_epi32(_mm256_max_epi32(q, least), most);
             const __m256i codes = _mm256_shuffle_epi8(_mm256_add_epi32(q, zero_point), bytes);
             const int32_t four[2] = {_mm256_extract_epi32(codes, 0), _mm256_extract_epi32(codes, 4)};
-            memcpy((uint8_t *)y->data + (row + i) * y->ld + first + j, four, LANES);
+            memcpy((uint8_t *)y->data + at[i] * y->ld + first + j, four, LANES);
         }
     }
     if (j < columns)
-        rq_requantize_scalar(y, sums + j, rows, row, first + j, columns - j);
+        rq_requantize_scalar(y, sums + j, rows, at, first + j, columns - j);
 }
 
 RQ_TARGET_END

@@ -2,16 +2,15 @@
  *
  * Float: convert, multiply, add, add; each rounds once, as in plain C.
  *
- * Codes: a product of 32 x 32 bits needs 64. vpmuldq multiplies the even int32 lanes of its operands
- * into 8 lanes of 64 bits; the odd ones are shifted down for a second one:
+ * Codes: round(sum * mantissa / 2^shift), ties to even, in one instruction. Take m = mantissa / 2^shift as
+ * a double: exact, it has 31 bits. A fused multiply-add forms sum * m + 1.5 * 2^52 exactly and rounds
+ * once, and from 2^52 to 2^53 doubles are the integers: what is rounded away is what lies behind the
+ * point of sum * m, to the nearest, ties to even. The integer is in the low bits of the result:
  *
- *     sums      [ s0  s1  s2  s3  ...  s14 s15 ]       int32
- *     even      [ s0 * m0     | s2 * m2     | ... ]    int64, exact
- *     odd       [ s1 * m1     | s3 * m3     | ... ]
+ *     0x4338 0000 0000 0000  +  q        1.5 * 2^52, in which a negative q borrows from the 0.5
  *
- * Rounding to even costs no branch. With p + half shifted down, ties have gone up; a tie shows as
- * shifted-out bits that are all 0, and there the lowest bit is cleared. A shift of 0 rounds nothing:
- * half is 0, and the mask of shifted-out bits is all ones, which only p = 0 passes, harmlessly.
+ * It holds for |sum * m| < 2^31, which m < 1, that is shift >= 31, gives. A real network's scales are
+ * like that; a larger m is left to plain C.
  *
  * What depends on the output alone is computed once for all rows of a tile.
  */
@@ -31,7 +30,7 @@ RQ_INLINE __mmask16 first_lanes(int count)
     return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1);
 }
 
-void rq_dequantize_avx512(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_dequantize_avx512(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns)
 {
     for (int j = 0; j < columns; j += LANES) {
@@ -45,57 +44,53 @@ void rq_dequantize_avx512(const struct rq_output *y, const int32_t *sums, int ro
                 value = _mm512_add_ps(value, bias);
             if (y->residual)
                 value = _mm512_add_ps(
-                    value, _mm512_maskz_loadu_ps(lanes, y->residual + (row + i) * y->residual_ld + first + j));
-            _mm512_mask_storeu_ps((float *)y->data + (row + i) * y->ld + first + j, lanes, value);
+                    value, _mm512_maskz_loadu_ps(lanes, y->residual + at[i] * y->residual_ld + first + j));
+            _mm512_mask_storeu_ps((float *)y->data + at[i] * y->ld + first + j, lanes, value);
         }
     }
 }
 
-/* mantissa / 2^shift of 8 outputs, ready for use. */
-struct scale8 { __m512i mantissa, shift, half, rest; };
-
-RQ_INLINE struct scale8 prepare(__m512i mantissa, __m512i shift)
+/* mantissa / 2^shift of 8 outputs, shift from 31 to 62: the exponent of 2^-shift is put together by hand. */
+RQ_INLINE __m512d multiplier(__m256i mantissa, __m256i shift)
 {
-    const __m512i one = _mm512_set1_epi64(1);
-    const __m512i s = _mm512_and_si512(shift, _mm512_set1_epi64(63));
-    const __m512i unit = _mm512_sllv_epi64(one, s);
-    const __mmask8 rounds = _mm512_test_epi64_mask(s, s);
-    return (struct scale8){
-        .mantissa = mantissa, .shift = s,
-        .half = _mm512_maskz_srli_epi64(rounds, unit, 1),
-        .rest = _mm512_mask_sub_epi64(_mm512_set1_epi64(-1), rounds, unit, one),
-    };
+    const __m512i exponent = _mm512_sub_epi64(_mm512_set1_epi64(1023), _mm512_cvtepi32_epi64(shift));
+    const __m512d power = _mm512_castsi512_pd(_mm512_slli_epi64(exponent, 52));
+    return _mm512_mul_pd(_mm512_cvtepi32_pd(mantissa), power);
 }
 
-RQ_INLINE __m512i scale(__m512i sums, const struct scale8 *by, __m512i low, __m512i high)
-{
-    const __m512i p = _mm512_add_epi64(_mm512_mul_epi32(sums, by->mantissa), by->half);
-    const __mmask8 ties = _mm512_testn_epi64_mask(p, by->rest);
-    __m512i q = _mm512_srav_epi64(p, by->shift);
-    q = _mm512_mask_and_epi64(q, ties, q, _mm512_set1_epi64(-2));
-    return _mm512_min_epi64(_mm512_max_epi64(q, low), high);
-}
-
-void rq_requantize_avx512(const struct rq_output *y, const int32_t *sums, int rows, int64_t row, int64_t first,
+void rq_requantize_avx512(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns)
 {
-    /* limits before the zero point is added: the codes then stay within 32 bits */
-    const __m512i low = _mm512_set1_epi64(y->qmin - y->zero_point);
-    const __m512i high = _mm512_set1_epi64(y->qmax - y->zero_point);
+    const __m512d integers = _mm512_set1_pd(0x1.8p52);
+    const __m512i low_halves = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    /* limits before the zero point is added: the sum then stays within 32 bits */
+    const __m512i least = _mm512_set1_epi32(y->qmin - y->zero_point);
+    const __m512i most = _mm512_set1_epi32(y->qmax - y->zero_point);
     const __m512i zero_point = _mm512_set1_epi32(y->zero_point);
     for (int j = 0; j < columns; j += LANES) {
         const __mmask16 lanes = first_lanes(columns - j);
-        const __m512i m = _mm512_maskz_loadu_epi32(lanes, y->mantissa + first + j);
-        const __m512i s = _mm512_maskz_loadu_epi32(lanes, y->shift + first + j);
-        const struct scale8 even = prepare(m, s);
-        const struct scale8 odd = prepare(_mm512_srli_epi64(m, 32), _mm512_srli_epi64(s, 32));
+        const __m512i mantissa = _mm512_maskz_loadu_epi32(lanes, y->mantissa + first + j);
+        const __m512i shift = _mm512_maskz_loadu_epi32(lanes, y->shift + first + j);
+        if (_mm512_mask_cmplt_epi32_mask(lanes, shift, _mm512_set1_epi32(31))) {
+            rq_requantize_scalar(y, sums + j, rows, at, first + j, columns - j < LANES ? columns - j : LANES);
+            continue;
+        }
+        const __m512d m0 = multiplier(_mm512_castsi512_si256(mantissa), _mm512_castsi512_si256(shift));
+        const __m512d m1 = multiplier(_mm512_extracti64x4_epi64(mantissa, 1), _mm512_extracti64x4_epi64(shift, 1));
         for (int i = 0; i < rows; i++) {
             const __m512i sum = _mm512_load_si512(sums + i * RQ_TILE_WIDTH + j);
-            const __m512i q0 = scale(sum, &even, low, high);
-            const __m512i q1 = scale(_mm512_srli_epi64(sum, 32), &odd, low, high);
-            const __m512i q = _mm512_mask_blend_epi32(0xaaaa, q0, _mm512_slli_epi64(q1, 32));
+            const __m512d s0 = _mm512_cvtepi32_pd(_mm512_castsi512_si256(sum));
+            const __m512d s1 = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sum, 1));
+            const __m512i q0 = _mm512_castpd_si512(_mm512_fmadd_pd(s0, m0, integers));
+            const __m512i q1 = _mm512_castpd_si512(_mm512_fmadd_pd(s1, m1, integers));
+            __m512i q = _mm512_permutex2var_epi32(q0, low_halves, q1);
+            q = _mm512_min_epi32(_mm512_max_epi32(q, least), most);
             const __m128i codes = _mm512_cvtepi32_epi8(_mm512_add_epi32(q, zero_point));
-            _mm_mask_storeu_epi8((uint8_t *)y->data + (row + i) * y->ld + first + j, lanes, codes);
+            uint8_t *const out = (uint8_t *)y->data + at[i] * y->ld + first + j;
+            if (columns - j >= LANES)
+                _mm_storeu_si128((__m128i *)out, codes); /* masked stores of bytes are slow on some processors */
+            else
+                _mm_mask_storeu_epi8(out, lanes, codes);
         }
     }
 }

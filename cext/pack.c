@@ -14,20 +14,20 @@
  * code; the low half is brought there by a shift of 4. So a kernel sums 16 times the product and
  * shifts the sum right by 4, which is exact, instead of repairing the sign of every weight.
  *
- * The sums over k, which zero points need (conv.c), are stored beside the panels.
+ * Zero points need sums of the codes, over the window or a part of it (conv.c). Stored beside the panels
+ * is, for each p and q, the sum over window lines 0 .. p-1 and columns 0 .. q-1: that over any rectangle
+ * follows from four of them.
  */
 #include <stddef.h>
 #include <string.h>
 
-#include "impl.h"
-
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+#include "conv.h"
 
 struct rq_layout rq_layout_of(int64_t outputs, int64_t segments, int64_t length, int bits)
 {
     struct rq_layout l = {.segments = segments, .length = length};
-    l.steps = ceil_div(length, RQ_STEP);
-    l.panels = ceil_div(outputs, RQ_PANEL);
+    l.steps = rq_ceil_div(length, RQ_STEP);
+    l.panels = rq_ceil_div(outputs, RQ_PANEL);
     l.panel_bytes = segments * l.steps * RQ_STEP * RQ_PANEL * bits / 8;
     return l;
 }
@@ -43,6 +43,23 @@ int64_t rq_packed_bytes(int64_t outputs, int64_t kh, int64_t kw, int64_t c, int 
         return RQ_ERR_RANGE;
     const struct rq_layout l = rq_layout_of(outputs, kh, kw * c, bits);
     return l.panels * l.panel_bytes;
+}
+
+/* sums[p][q][o] = sum of w[o][0 .. p-1][0 .. q-1][all c]: (kh + 1, kw + 1, O). */
+static void sum_corners(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c, int32_t *sums)
+{
+    const int64_t line = (kw + 1) * outputs;
+    memset(sums, 0, sizeof *sums * (size_t)line);
+    for (int64_t p = 0; p < kh; p++)
+        for (int64_t o = 0; o < outputs; o++) {
+            int32_t along = 0; /* this line of the window, up to q */
+            sums[(p + 1) * line + o] = 0;
+            for (int64_t q = 0; q < kw; q++) {
+                for (int64_t i = 0; i < c; i++)
+                    along += w[((o * kh + p) * kw + q) * c + i];
+                sums[(p + 1) * line + (q + 1) * outputs + o] = sums[p * line + (q + 1) * outputs + o] + along;
+            }
+        }
 }
 
 int rq_pack(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c, int bits,
@@ -61,19 +78,17 @@ int rq_pack(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c,
     for (int64_t o = 0; o < outputs; o++) {
         uint8_t *const panel = packed + o / RQ_PANEL * l.panel_bytes;
         const int64_t column = o % RQ_PANEL * 4;
-        int32_t sum = 0;
         for (int64_t s = 0; s < l.segments; s++) {
             for (int64_t k = 0; k < l.length; k++) {
                 const int8_t code = w[(o * l.segments + s) * l.length + k];
                 const int64_t step = s * l.steps + k / RQ_STEP, group = k / 4 % 2, at = column + k % 4;
-                sum += code;
                 if (bits == 8)
                     panel[(step * 2 + group) * 64 + at] = (uint8_t)code;
                 else
                     panel[step * 64 + at] |= (uint8_t)((code & 15) << 4 * group);
             }
         }
-        sums[o] = sum;
     }
+    sum_corners(w, outputs, kh, kw, c, sums);
     return RQ_OK;
 }

@@ -10,6 +10,7 @@
  *     impl.h             the picture: rows, segments, panels, tiles; the form of a micro-kernel
  *     gemm_avx2.c ...    the sentence in wider registers, one file for each instruction set
  *     pack.c             weights in the order in which a kernel reads them
+ *     slab.c             the pixels of a unit of work, and which part of the window each of them needs
  *     conv.c             convolution and matrix product: cut into units, units into tiles
  *     output.c           what becomes of a sum: int32, float32, or uint8 by fixed point
  *     threads.c          the thread team
@@ -27,7 +28,7 @@
 
 /* Raised whenever a declaration below changes its meaning, so that Python refuses a compiled
  * module that is older than its sources. */
-#define RQ_ABI_VERSION 2
+#define RQ_ABI_VERSION 3
 int rq_abi_version(void);
 
 /* With which compiler and flags this module was built: the first question of a bug report. */
@@ -46,7 +47,7 @@ enum rq_status {
 /* One bit for each instruction set that a kernel may need. A bit says that the processor
  * has the instructions and that the operating system saves the registers. */
 enum rq_cpu {
-    RQ_CPU_AVX2 = 1,
+    RQ_CPU_AVX2 = 1,        /* with FMA */
     RQ_CPU_AVXVNNI = 2,
     RQ_CPU_AVX512VNNI = 4,  /* with AVX-512 F, BW, DQ and VL */
     RQ_CPU_NEONDOT = 8
@@ -71,8 +72,9 @@ int64_t rq_peak(int row, int64_t rounds);
 #define RQ_MAX_K_INT4 65793
 
 /* Weights, packed once and used many times: w (outputs, kh, kw, c), signed codes of 8 or 4 bits.
- * `panels` holds rq_packed_bytes(...) bytes at a multiple of 64 and `sums` the sum over k of each
- * output; rq_pack fills both from a C-contiguous array of int8. `zero_points` may be NULL: all 0. */
+ * `panels` holds rq_packed_bytes(...) bytes at a multiple of 64, and `sums` (kh + 1, kw + 1, outputs) the
+ * sum of w over window lines before p and columns before q; rq_pack fills both from a C-contiguous array
+ * of int8. `zero_points` may be NULL: all 0. */
 struct rq_weights {
     int64_t outputs, kh, kw, c;
     int bits;

@@ -44,7 +44,8 @@ class PackedWeights:
         space = np.empty(self.nbytes + ALIGNMENT, np.uint8)
         start = -space.ctypes.data % ALIGNMENT
         self._panels = space[start : start + self.nbytes]
-        self._sums = np.empty(len(codes), np.int32)
+        o, kh, kw, _ = codes.shape
+        self._sums = np.empty((kh + 1, kw + 1, o), np.int32)
         self._zero_points = zero_point.astype(np.int32)
         codes = np.ascontiguousarray(codes)
         panels, sums = ffi.cast("void *", self._panels.ctypes.data), ffi.from_buffer("int32_t[]", self._sums)
