@@ -25,8 +25,9 @@
 enum {
     SLAB_BYTES = 192 * 1024,    /* of a second cache of 1 MiB; it holds a panel pair as well */
     UNITS_PER_THREAD = 4,       /* a thread that is interrupted holds up a quarter of its share */
-    MOST_SIZE = 1 << 30         /* of any dimension, so that no product below overflows */
+    MOST_SIZE = 1 << 30         /* of any dimension: with the next, no product below overflows */
 };
+static const int64_t MOST_BYTES = (int64_t)1 << 46; /* of an image with its frame: more than any memory */
 
 static int64_t round_up64(int64_t a) { return (a + 63) / 64 * 64; }
 
@@ -168,7 +169,7 @@ static void work(void *context)
 static void plan(struct job *j, int threads)
 {
     const int64_t all_pairs = rq_ceil_div(j->layout.panels, RQ_PAIR), wanted = (int64_t)threads * UNITS_PER_THREAD;
-    const int64_t line_bytes = j->stride * j->slab_width * j->x->c;
+    const int64_t line_bytes = (j->ho > 1 ? j->stride : 1) * j->slab_width * j->x->c;
     int64_t lines = rq_min(j->ho, SLAB_BYTES / (line_bytes + 1) + 1);
     while (j->x->n * rq_ceil_div(j->ho, lines) * all_pairs < wanted && lines * j->wo > 2 * j->kernel->rows && lines > 1)
         lines = rq_ceil_div(lines, 2);
@@ -194,7 +195,7 @@ static int check(const struct rq_input *x, const struct rq_weights *w, int64_t s
     if (bytes < 0)
         return (int)bytes;
     if (!is_size(x->n, 0) || !is_size(x->h, 0) || !is_size(x->w, 0) || x->c != w->c || !is_size(w->outputs, 0)
-        || !is_size(stride, 1) || !is_size(padding, 0) || y->ld < w->outputs)
+        || stride < 1 || !is_size(padding, 0) || y->ld < w->outputs)
         return RQ_ERR_SIZE;
     if (x->line_stride < x->w * x->c || (x->h > 0 && x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c))
         return RQ_ERR_SIZE;
@@ -229,9 +230,12 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     const int64_t height = x->h + 2 * padding - w->kh, width = x->w + 2 * padding - w->kw;
     if (height < 0 || width < 0)
         return RQ_ERR_SIZE;
+    if ((double)(x->h + 2 * padding) * (double)(x->w + 2 * padding) * (double)x->c > (double)MOST_BYTES)
+        return RQ_ERR_MEMORY;
     struct rq_input flat = *x;
     struct job j = {
-        .kernel = kernel, .x = &flat, .w = w, .y = y, .stride = stride, .padding = padding,
+        .kernel = kernel, .x = &flat, .w = w, .y = y, .padding = padding,
+        .stride = rq_min(stride, rq_max(height, width) + 1), /* the next window is outside in any case */
         .ho = height / stride + 1, .wo = width / stride + 1,
         .layout = rq_layout_of(w->outputs, w->kh, w->kw * w->c, w->bits),
     };

@@ -39,6 +39,8 @@ int64_t rq_packed_bytes(int64_t outputs, int64_t kh, int64_t kw, int64_t c, int 
     const int64_t most_k = bits == 4 ? RQ_MAX_K_INT4 : RQ_MAX_K;
     if (outputs < 0 || outputs > INT32_MAX || kh < 1 || kw < 1 || c < 0)
         return RQ_ERR_SIZE;
+    if (outputs == 0)
+        return 0; /* no sum, hence none that could overflow */
     if (kh > most_k || kw > most_k || c > most_k || kh * kw > most_k || kh * kw * c > most_k)
         return RQ_ERR_RANGE;
     const struct rq_layout l = rq_layout_of(outputs, kh, kw * c, bits);
@@ -66,9 +68,9 @@ int rq_pack(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c,
             void *panels, int32_t *sums)
 {
     const int64_t bytes = rq_packed_bytes(outputs, kh, kw, c, bits);
-    if (bytes < 0)
+    if (bytes < 0 || outputs == 0)
         return (int)bytes;
-    if (outputs > 0 && (!sums || (bytes > 0 && (!w || !panels))))
+    if (!sums || (bytes > 0 && (!w || !panels)))
         return RQ_ERR_NULL;
 
     const struct rq_layout l = rq_layout_of(outputs, kh, kw * c, bits);
@@ -81,6 +83,8 @@ int rq_pack(const int8_t *w, int64_t outputs, int64_t kh, int64_t kw, int64_t c,
         for (int64_t s = 0; s < l.segments; s++) {
             for (int64_t k = 0; k < l.length; k++) {
                 const int8_t code = w[(o * l.segments + s) * l.length + k];
+                if (bits == 4 && (code < -8 || code > 7))
+                    return RQ_ERR_RANGE; /* cut to 4 bits it would be another code */
                 const int64_t step = s * l.steps + k / RQ_STEP, group = k / 4 % 2, at = column + k % 4;
                 if (bits == 8)
                     panel[(step * 2 + group) * 64 + at] = (uint8_t)code;

@@ -3,11 +3,15 @@
 Random reals almost never hit a tie, an edge of the codes or a subnormal; quantization bugs live nowhere else.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from refquant.intmath import fixed_point
 from refquant.quant.affine import QParams, QSpec
+from refquant.ref import Dequantize, Requantize
 
 TINY = float(np.finfo(np.float32).tiny)  # 2**-126, the smallest normal
 LIMIT = float(np.float32(1e30))  # far above any tensor; the span of two such numbers still fits float32
@@ -150,3 +154,76 @@ def strided(draw, array):
         return array
     view[...] = array
     return view
+
+
+#: kh, kw: the 1x1 of a matrix product, the usual 3x3, unequal sides, and one that reaches over the padding.
+WINDOWS = ((1, 1), (3, 3), (1, 3), (3, 2), (5, 5))
+
+
+@st.composite
+def noise(draw, dtype, shape, low=None, high=None):
+    """Arrays too large to be drawn element by element: from a drawn seed, half of them corners."""
+    info = np.iinfo(dtype)
+    low, high = info.min if low is None else low, info.max if high is None else high
+    corners = [low, low + 1, high - 1, high, *(c for c in (-1, 0, 1, 127, 128) if low <= c <= high)]
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    mixed = np.where(rng.random(shape) < 0.5, rng.choice(corners, shape), rng.integers(low, high + 1, shape))
+    return mixed.astype(dtype)
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """Operands of kernels.conv2d: activations, weight codes with their width and zero points, and the rest."""
+
+    x: np.ndarray
+    w: np.ndarray
+    bits: int
+    w_zero_point: int | np.ndarray
+    options: dict  # stride, padding, x_zero_point
+
+    @property
+    def all_options(self):
+        """The keywords of ref.conv2d."""
+        return self.options | {"w_zero_point": self.w_zero_point}
+
+
+@st.composite
+def convolutions(draw, windows=WINDOWS, bits=(8, 4), paddings=(0, 1, 2, 3), most_k=600, sizes=(0, *LANE_EDGES)):
+    """Convolutions with channels and outputs at the edges of registers, empty ones among them."""
+    (kh, kw), padding = draw(st.sampled_from(windows)), draw(st.sampled_from(paddings))
+    h, width = (draw(st.integers(max(0, k - 2 * padding), max(0, k - 2 * padding) + 6)) for k in (kh, kw))
+    if padding == 0:
+        h, width = max(h, 1), max(width, 1)
+    n, o = draw(st.sampled_from([1, 2, 3, 1, 2, 3, 0])), draw(st.sampled_from(sizes))
+    c = draw(st.sampled_from([c for c in sizes if kh * kw * c <= most_k]))
+    wide = draw(st.sampled_from(bits))
+    x = draw(noise(np.uint8, (n, h, width, c)))
+    w = draw(noise(np.int8, (o, kh, kw, c), -(1 << (wide - 1)), (1 << (wide - 1)) - 1))
+    zeros = st.sampled_from([0, 1, 127, 128, 255]) | st.integers(0, 255)
+    options = {"stride": draw(st.integers(1, 3)), "padding": padding, "x_zero_point": draw(zeros)}
+    return Convolution(draw(strided(x)), draw(strided(w)), wide, draw(weight_zero_points(o)), options)
+
+
+def weight_zero_points(outputs):
+    """None at all, one for all outputs, or one for each."""
+    return st.just(0) | st.sampled_from([-128, 127]) | noise(np.int8, (outputs,))
+
+
+@st.composite
+def dequantizers(draw, outputs):
+    """Scales and biases of all sizes and signs; every product with a sum of 32 bits is finite or inf, never NaN."""
+    scale = draw(hnp.arrays(np.float32, outputs, elements=floats32()))
+    return Dequantize(scale, draw(st.none() | hnp.arrays(np.float32, outputs, elements=floats32())))
+
+
+@st.composite
+def requantizers(draw, outputs, k):
+    """Multipliers that spread sums of `k` products over the codes, and any others; biases to the end of int32."""
+    usual = fixed_point(np.full(outputs, draw(st.floats(0.01, 100)) / (255 * 128 * max(k, 1))))
+    anything = tuple(draw(hnp.arrays(np.int32, outputs, elements=e)) for e in (mantissas, shifts))
+    chosen = draw(hnp.arrays(bool, outputs))
+    mantissa, shift = (np.where(chosen, a, u).astype(np.int32) for a, u in zip(anything, usual, strict=True))
+    room = 2**31 - 1 - k * 255 * 255  # whatever the zero points
+    bias = draw(st.none() | noise(np.int32, (outputs,), -room, room) | noise(np.int32, (outputs,), -9 * k, 9 * k))
+    qmin, qmax = draw(st.sampled_from([(0, 255), (0, 1), (254, 255), (3, 200)]))
+    return Requantize(mantissa, shift, draw(st.sampled_from([0, 1, 128, 255])), bias, qmin, qmax)

@@ -22,6 +22,8 @@ from ._weights import PackedWeights, as_packed
 Codes = NDArray[np.uint8]
 Output = Dequantize | Requantize
 
+LONGEST = 1 << 30  # MOST_SIZE of cext/conv.c
+
 _UINT8 = np.dtype(np.uint8)
 if lib is not None:
     _INPUT, _OUTPUT = ffi.typeof("struct rq_input *"), ffi.typeof("struct rq_output *")
@@ -152,6 +154,8 @@ def _target(
     name: str, shape: tuple[int, ...], output: Output | None, out: Any, x: Codes, residual: Any
 ) -> NDArray[Any]:
     """Return the array to be filled, new or the caller's; refuse an `out` or `residual` that does not fit."""
+    if output is not None and not isinstance(output, (Dequantize, Requantize)):
+        raise ShapeError(f"{name}: output is a {type(output).__name__}; pass a Dequantize or Requantize, or none.")
     dtype = np.int32 if output is None else output.dtype
     if output is not None and output.outputs != shape[-1]:
         raise ShapeError(f"{name}: the output stage is for {output.outputs} outputs, the weights have {shape[-1]}.")
@@ -166,7 +170,8 @@ def _target(
         raise ShapeError(f"{name}: out is {_kind(out)}; it must be {np.dtype(dtype)}, shape {shape}.")
     if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
         raise ShapeError(f"{name}: out must be writeable, aligned and C-contiguous. Pass another array, or none.")
-    if np.may_share_memory(out, x) or (residual is not None and np.may_share_memory(out, residual)):
+    operands = (x, residual, *(() if output is None else vars(output).values()))
+    if any(isinstance(a, np.ndarray) and np.may_share_memory(out, a) for a in operands):
         raise ShapeError(f"{name}: out overlaps an operand, which is read while out is written. Pass another array.")
     return out
 
@@ -190,12 +195,17 @@ def _run(
     _, kh, kw, c = w.shape
     if type(zx) is not int or not 0 <= zx <= 255:
         zx, _ = ref.check_zero_points(name, zx, 0, 0)
+    if out.size == 0:
+        return
     bias = 0 if output is None else output.largest_bias
     if kh * kw * c * max(zx, 255 - zx) * w.reach + bias > INT32_MAX:
         raise RangeError(
             f"{name}: K = {kh * kw * c} with these zero points and a bias up to {bias} could overflow int32. "
             "Split K, and add the parts in int64."
         )
+    stride = min(stride, LONGEST)  # no image is longer: the second window is outside in any case
+    if padding > LONGEST:
+        raise RangeError(f"{name}: padding is {padding}; at most {LONGEST} pixels are possible.")
     isa = active()
     if isa == "ref":
         acc = ref.conv2d(x, w.unpack(), stride=stride, padding=padding, x_zero_point=zx, w_zero_point=w.zero_point)

@@ -45,7 +45,7 @@ class PackedWeights:
         start = -space.ctypes.data % ALIGNMENT
         self._panels = space[start : start + self.nbytes]
         o, kh, kw, _ = codes.shape
-        self._sums = np.empty((kh + 1, kw + 1, o), np.int32)
+        self._sums = np.empty((kh + 1, kw + 1, o) if o else 0, np.int32)
         self._zero_points = zero_point.astype(np.int32)
         codes = np.ascontiguousarray(codes)
         panels, sums = ffi.cast("void *", self._panels.ctypes.data), ffi.from_buffer("int32_t[]", self._sums)
@@ -106,7 +106,7 @@ def pack_weights(w: NDArray[np.int8], *, bits: int = 8, zero_point: ArrayLike = 
     """
     matrix = isinstance(w, np.ndarray) and w.ndim == 2
     ref.check_array("pack_weights", "w", w, np.int8, "(O, K)" if matrix else "(O, kh, kw, C)")
-    if bits not in (8, 4):
+    if type(bits) is not int or bits not in (8, 4):
         raise RangeError(f"pack_weights: bits is {bits!r}; kernels exist for 8 and 4.")
     if matrix:
         w = w.reshape(len(w), 1, 1, w.shape[1])

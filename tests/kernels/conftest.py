@@ -1,17 +1,36 @@
-"""The loop over instruction sets: a test that takes `isa` runs once on each kernel of this build."""
+"""The loop over instruction sets, and the C core compiled by hand."""
+
+import os
+import shutil
 
 import pytest
+from cbuild import Core
 
 from refquant import kernels
 
 
 @pytest.fixture(params=kernels.available())
 def isa(request):
-    """Run the test on one kernel; skip, visibly, one that this processor cannot run."""
+    """Run the test on one kernel of this build; skip, visibly, one that this processor cannot run."""
     if request.param not in kernels.supported():
         pytest.skip(f"{request.param}: not this machine")
     with kernels.using(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """A C compiler for this machine."""
+    found = shutil.which("gcc") or shutil.which("cc")
+    if found is None or os.name != "posix":
+        pytest.skip("no C compiler for a POSIX system")
+    return found
+
+
+@pytest.fixture(scope="session")
+def core(tmp_path_factory, compiler):
+    """The C core; less optimized than the module, to be compiled in seconds."""
+    return Core(tmp_path_factory.mktemp("core"), compiler, "-O1")
 
 
 def pytest_terminal_summary(terminalreporter):

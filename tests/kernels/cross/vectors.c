@@ -129,7 +129,7 @@ static int run_case(FILE *file, int number)
     const int64_t bytes = rq_packed_bytes(n[O], n[KH], n[KW], n[C], bits);
     if (bytes < 0)
         stop("rq_packed_bytes refused a case");
-    struct array_at panels = new_array(bytes), sums = new_array(n[O] * (int64_t)sizeof(int32_t));
+    struct array_at panels = new_array(bytes), sums = new_array((n[KH] + 1) * (n[KW] + 1) * n[O] * (int64_t)sizeof(int32_t));
     const struct rq_weights w = {
         .outputs = n[O], .kh = n[KH], .kw = n[KW], .c = n[C], .bits = bits, .panels = panels.data,
         .sums = (int32_t *)sums.data, .zero_points = (int32_t *)a[W_ZEROS].data,

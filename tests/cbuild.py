@@ -1,0 +1,60 @@
+"""The C core compiled by hand: with another compiler, with sanitizers, with a mistake in it, or to look at."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+CEXT = ROOT / "cext"
+
+
+def build_ext():
+    """Return the module build_ext.py, which is no part of the package."""
+    spec = importlib.util.spec_from_file_location("build_ext", ROOT / "build_ext.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Core:
+    """The objects of the C core. Programs with them compile nothing twice, wrong variants one file."""
+
+    def __init__(self, folder, compiler, *options, emulator=()):
+        self._folder, self._emulator = folder, emulator
+        self._cc = [compiler, *build_ext().FLAGS, "-Werror", "-I", CEXT, *options]
+        self._objects = {source.name: self._compile(source, source.stem) for source in sorted(CEXT.glob("*.c"))}
+
+    def replace(self, name, source):
+        """Return what `program` takes as `other`: the object of another file in the place of cext/`name`."""
+        return {name: self._compile(source, f"other {name}")}
+
+    def mutate(self, name, *changes):
+        """Return what `program` takes as `other`: cext/`name` with pairs (old, new) of text exchanged."""
+        text = (CEXT / name).read_text(encoding="utf-8")
+        for old, new in changes:
+            assert old in text, f"{name} no longer has {old!r}: choose another mutant"
+            text = text.replace(old, new)
+        source = self._folder / f"mutant of {name}"
+        source.write_text(text, encoding="utf-8")
+        return self.replace(name, source)
+
+    def program(self, driver, other=None, options=()):
+        """Compile a driver, link it with the core, and return a function that runs it."""
+        objects = self._objects | (other or {}) | {"driver": self._compile(driver, driver.stem, *options)}
+        path = self._folder / f"{driver.stem}.program"
+        self._call(*self._cc, *objects.values(), "-o", path)
+
+        def run(*arguments, emulator_options=(), **keywords):
+            command = [*self._emulator, *emulator_options, path, *arguments]
+            return subprocess.run(command, capture_output=True, text=True, **keywords)
+
+        return run
+
+    def _compile(self, source, stem, *options):
+        target = self._folder / f"{stem}.o"
+        self._call(*self._cc, *options, "-x", "c", "-c", source, "-o", target)
+        return target
+
+    def _call(self, *command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

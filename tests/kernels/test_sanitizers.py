@@ -1,0 +1,78 @@
+"""The C core under sanitizers: no byte beside an array, no undefined operation, no race; and what fuzzing found.
+
+The vectors compare with NumPy, the corpus of fuzz/fuzz_conv.c compares kernels with the scalar one, in arrays of
+exactly their size and with numbers that describe nothing; how to fuzz on is said there.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import vectors
+from cbuild import Core
+
+from refquant import kernels
+
+FUZZ = Path(__file__).parent / "fuzz"
+CORPUS = FUZZ / "corpus"
+
+pytestmark = pytest.mark.slow
+
+
+def sanitized(folder, compiler, *options):
+    """The core with a sanitizer, or a skip where the compiler has none."""
+    options = ("-O1", "-g", *options)
+    program, link = "int main(void) { return 0; }", [compiler, *options, "-x", "c", "-", "-o", folder / "probe"]
+    if subprocess.run(link, input=program, text=True, capture_output=True).returncode:
+        pytest.skip(f"the compiler has no {options[-1]}")
+    return Core(folder, compiler, *options)
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory, compiler):
+    """AddressSanitizer and UndefinedBehaviorSanitizer: the first finding ends the program."""
+    folder = tmp_path_factory.mktemp("checked")
+    return sanitized(folder, compiler, "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
+
+
+def test_the_vectors(checked, tmp_path):
+    """Every kernel of this machine, every output stage, arrays that end where their page ends."""
+    path = tmp_path / "vectors.bin"
+    count = vectors.write(path, [*vectors.cases(), *vectors.ties(), *vectors.sums_that_overflow_on_the_way()])
+    done = checked.program(vectors.DRIVER)(path)
+    names = " ".join(kernels.supported()[1:])
+    assert (done.returncode, done.stdout) == (0, f"checked {count} cases on {names}\n"), done.stderr
+
+
+def test_the_corpus(checked):
+    """Every input that fuzzing has kept: good calls and spoilt ones, on one to three threads."""
+    files = sorted(CORPUS.iterdir())
+    assert sum(file.stat().st_size for file in files) < 100_000
+    done = checked.program(FUZZ / "fuzz_conv.c", options=("-DREPLAY",))(*files, timeout=300)
+    assert (done.returncode, done.stdout) == (0, f"replayed {len(files)} files\n"), done.stderr
+
+
+def test_a_byte_too_many_is_seen(checked):
+    """A kernel that takes one k more reads beyond the last panel of weights."""
+    mutant = checked.mutate("gemm_scalar.c", ("k < t->steps * RQ_STEP", "k <= t->steps * RQ_STEP"))
+    done = checked.program(FUZZ / "fuzz_conv.c", mutant, options=("-DREPLAY",))(*sorted(CORPUS.iterdir()))
+    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory, compiler):
+    """ThreadSanitizer."""
+    return sanitized(tmp_path_factory.mktemp("raced"), compiler, "-fsanitize=thread")
+
+
+def test_no_race_in_the_team(raced):
+    """Four callers at once, each with a team of three."""
+    done = raced.program(FUZZ / "callers.c")(timeout=300)
+    assert (done.returncode, done.stdout) == (0, "0 of 120 results are wrong\n"), done.stderr
+
+
+def test_a_race_is_seen(raced):
+    """Places offered before the task is there: a member may run the one before."""
+    late = ("team.context = context;\n", ""), ("offered);\n", "offered);\n    team.context = context;\n")
+    done = raced.program(FUZZ / "callers.c", raced.mutate("threads.c", *late))(timeout=300)
+    assert done.returncode != 0, done.stdout
