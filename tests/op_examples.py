@@ -10,13 +10,18 @@ import numpy as np
 
 import refquant.autograd.nnops
 import refquant.autograd.ops
-import refquant.quant.fakequant  # noqa: F401  importing a module registers its operations
+import refquant.quant.adaround
+import refquant.quant.fakequant
+import refquant.quant.losses
+import refquant.quant.lsq  # noqa: F401  importing a module registers its operations
 from refquant.autograd import OPS
+from refquant.quant.affine import QParams, QSpec
 
 #: Operations whose derivative is a *surrogate*, not the derivative of their value, so that no finite
 #: difference can agree: name -> where they are tested instead.
 EXEMPT = {
     "fake_quant": "straight-through: tests/unit/quant/test_fakequant.py holds it to the slope of the clip",
+    "lsq": "straight-through: tests/unit/quant/test_lsq.py holds it to rounding as the addition of a constant",
 }
 
 
@@ -57,6 +62,12 @@ def _distinct(*shape):
 
 def _conv(label, x, w, stride, pads):
     return Example("conv2d", label, (_n(*x), _n(*w), _n(w[0])), {"stride": stride, "pads": pads})
+
+
+def _soft_weight(label, weight, spec, scale, zero_point):
+    """Alphas on both sides of the rectified sigmoid's corners at +-2.398, none within 0.1 of them."""
+    alpha = np.resize([-3.0, -2.2, -1, -0.1, 0.2, 1.1, 2.2, 2.6, 5], weight.shape)
+    return Example("soft_weight", label, (alpha,), {"weight": weight, "qparams": QParams(scale, zero_point, spec)})
 
 
 EXAMPLES = [
@@ -124,4 +135,21 @@ EXAMPLES = [
     Example("dropout", "rate 0.3", (_n(4, 5),), {"rate": 0.3, "rng": np.random.default_rng(1)}),
     Example("cross_entropy", "4 classes", (_n(5, 4),), {"labels": np.array([0, 3, 1, 1, 2])}),
     Example("cross_entropy", "large logits", (5 * _n(3, 4),), {"labels": np.array([0, 3, 1])}),
+    _soft_weight("linear, asymmetric", _n(3, 6), QSpec(4, axis=0), [0.1, 0.2, 0.3], [7, 0, 15]),
+    _soft_weight("conv, signed", _n(2, 2, 2, 3), QSpec(3, signed=True, axis=0), [0.3, 0.5], [1, -4]),
+    _soft_weight("symmetric, one scale", _n(4, 5), QSpec(2, signed=True, symmetric=True), 0.5, 0),
+    *(
+        Example("rounding_regulariser", f"beta {beta}", (np.array([[-5, -2.3, -1], [0.3, 1.2, 2.5]]),), {"beta": beta})
+        for beta in (20, 7.3, 2, 1.5)
+    ),
+    *(
+        Example("reconstruction_loss", f"{label}, p {p}", (_n(*shape),), {"target": _n(*shape), "p": p})
+        for label, shape in (("nhwc", (2, 3, 2, 4)), ("features", (3, 5)), ("tokens", (2, 4, 3)))
+        for p in (2, 2.4, 3)
+    ),
+    *(
+        Example(op, label, (_n(*shape),), {"target": _n(*shape), "grad": _n(*shape)})
+        for op in ("fisher_diag", "fisher_full")
+        for label, shape in (("nhwc", (2, 3, 2, 4)), ("features", (3, 5)), ("tokens", (2, 4, 3)))
+    ),
 ]

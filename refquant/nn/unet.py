@@ -127,7 +127,7 @@ class ResBlock(Module):
         if inputs != outputs:
             self.nin_shortcut = Conv2d(rng, inputs, outputs, kernel=1)
 
-    def __call__(self, x: Tensor, temb: Tensor, rng: Rng | None) -> Tensor:
+    def __call__(self, x: Tensor, temb: Tensor, rng: Rng | None = None) -> Tensor:
         """x (N, H, W, C), temb (N, E) *after* its SiLU, which all blocks share."""
         h = self.conv1(ops.silu(self.norm1(x)))
         h = nnops.add_channels(h, self.temb_proj(temb))

@@ -178,7 +178,7 @@ def quantize(x: ArrayLike, qparams: QParams) -> IntArray:
     """
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes inf and saturates, as it should
         x32 = np.asarray(x, dtype=np.float32)
-    scale, zero_point = _broadcast(qparams, x32.shape)
+    scale, zero_point = broadcast(qparams, x32.shape)
     return intmath.quantize_codes(x32, scale, zero_point, qparams.spec.qmin, qparams.spec.qmax)
 
 
@@ -205,7 +205,7 @@ def dequantize(codes: IntArray, qparams: QParams) -> NDArray[np.float32]:
             f"codes of dtype {codes.dtype}, but {qparams.spec} stores {qparams.spec.dtype}; "
             "dequantize with the QParams that made the codes"
         )
-    scale, zero_point = _broadcast(qparams, codes.shape)
+    scale, zero_point = broadcast(qparams, codes.shape)
     return intmath.dequantize_codes(codes, scale, zero_point).astype(np.float32, copy=False)
 
 
@@ -225,7 +225,7 @@ def fake_quantize(x: ArrayLike, qparams: QParams) -> NDArray[np.float32]:
     return dequantize(quantize(x, qparams), qparams)
 
 
-def _broadcast(qparams: QParams, shape: tuple[int, ...]) -> tuple[FloatArray, IntArray]:
+def broadcast(qparams: QParams, shape: tuple[int, ...]) -> tuple[FloatArray, IntArray]:
     """scale and zero_point shaped (1, .., C, .., 1) so that they multiply an array of that shape."""
     axis = qparams.spec.axis
     if axis is None:

@@ -85,19 +85,34 @@ def wrap(module: M) -> tuple[M, dict[str, QuantLayer]]:
     """
     layers: dict[str, QuantLayer] = {}
 
+    def wrapped(name: str, node: Module) -> Module | None:
+        if not isinstance(node, (Conv2d, Linear)):
+            return None
+        layers[name] = QuantLayer(name, node)
+        return layers[name]
+
+    return rebuild(module, wrapped), layers
+
+
+def rebuild(module: M, replace: Callable[[str, Module], Module | None]) -> M:
+    """Copy a module tree, with other modules in the places where `replace(full name, module)` gives one.
+
+    The copy has module objects of its own and shares every parameter. What is replaced is not descended into.
+    """
+
     def visit(node: object, name: str) -> object:
-        if isinstance(node, (Conv2d, Linear)):
-            layers[name] = QuantLayer(name, node)
-            return layers[name]
         if isinstance(node, list):
             return [visit(child, f"{name}.{i}") for i, child in enumerate(node)]
         if not isinstance(node, Module):
             return node
+        other = replace(name, node)
+        if other is not None:
+            return other
         twin = copy.copy(node)
         for attribute, value in vars(node).items():
             setattr(twin, attribute, visit(value, f"{name}.{attribute}" if name else attribute))
         return twin
 
-    wrapped = visit(module, "")
-    assert isinstance(wrapped, type(module))
-    return wrapped, layers
+    copied = visit(module, "")
+    assert isinstance(copied, type(module))
+    return copied

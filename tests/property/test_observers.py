@@ -1,4 +1,4 @@
-"""The observers family: ranges, the mse search, and batches against their concatenation."""
+"""The observers family: ranges, the searches for one, and batches against their concatenation."""
 
 import laws
 import numpy as np
@@ -10,9 +10,19 @@ from strategies import floats32, qspecs, tensors
 
 from refquant.errors import RangeError
 from refquant.quant.affine import QParams, QSpec, fake_quantize, quantize
-from refquant.quant.observers import RangeObserver, from_range, minmax, mse
+from refquant.quant.observers import RangeObserver, RunningRange, from_range, histogram, kl, minmax, mse, percentile
 
-OBSERVERS = pytest.mark.parametrize("observer", [minmax, mse])
+
+def kl_released(x, spec):
+    return kl(x, spec, released=True)
+
+
+def histogram_released(x, spec):
+    return histogram(x, spec, released=True)
+
+
+OBSERVERS = pytest.mark.parametrize("observer", [minmax, mse, percentile, kl, histogram])
+RELEASED = pytest.mark.parametrize("observer", [kl_released, histogram_released])
 
 
 def error(x, q, power=2.4):
@@ -52,6 +62,58 @@ def test_mse_is_never_worse_than_minmax(x, spec, power):
     """err(mse(x)) <= err(minmax(x)): r = 1 is among the candidates. 1e-12 is for the order of the sum."""
     best, whole = error(x, mse(x, spec, power=power), power), error(x, minmax(x, spec), power)
     assert best <= whole * (1 + 1e-12)
+
+
+@given(tensors(), qspecs())
+def test_percentile_100_is_minmax(x, spec):
+    """The 0th and the 100th percentile are the extremes."""
+    same(percentile(x, spec, 100), minmax(x, spec))
+
+
+@pytest.mark.parametrize("observer", [mse, percentile, kl, histogram, kl_released, histogram_released])
+@given(x=tensors(), spec=qspecs())
+def test_searches_only_shrink_the_range(observer, x, spec):
+    """s(search x) <= s(minmax x), up to a rounding of the range's ends."""
+    assert observer(x, spec).scale <= minmax(x, spec).scale * (1 + 2e-7)
+
+
+@RELEASED
+@given(x=tensors(), spec=qspecs())
+def test_released_histograms_are_defined(observer, x, spec):
+    """A quantizer in which 0 has a code comes out, also of constants, zeros, subnormals and single elements."""
+    assert observer(x, spec).zero_is_exact
+
+
+@given(tensors(limit=2.0**20), st.integers(2, 8), st.sampled_from([0.5, 0.9, 0.9996, 1.0]))
+def test_histogram_keeps_its_share(x, bits, coverage):
+    """#{|x| <= c + max|x| / 2L} >= share * n: c is the middle of the bin in which the share is reached."""
+    q = histogram(x, QSpec(bits, signed=True, symmetric=True), coverage=coverage)
+    size = np.abs(x.astype(np.float64))
+    reach = (float(q.scale) * q.spec.qmax + size.max() / 2 ** (bits + 1)) * (1 + 1e-6)  # c as float32 has it
+    assert (size <= reach).sum() >= coverage * x.size * (1 - 1e-9)
+
+
+@given(tensors(), qspecs(), st.integers(1, 40), st.sampled_from([0.0, 0.9, 0.95]))
+def test_running_range_of_equal_batches_is_their_range(x, spec, n, momentum):
+    """lo <- m lo + (1 - m) lo: the range itself, up to n roundings of 2**-24."""
+    running = RunningRange(momentum=momentum)
+    for _ in range(n):
+        running.update(x)
+    lo, hi = running.range()
+    np.testing.assert_allclose([lo, hi], [x.min(), x.max()], rtol=n * 2.0**-22, atol=n * 2.0**-148)
+
+
+@given(st.lists(tensors(shape=(3,), limit=1e6), min_size=1, max_size=6), st.sampled_from([0.0, 0.9, 0.95]))
+def test_running_range_weighs_batches_exponentially(batches, momentum):
+    """lo = m**n lo_0 + sum_k (1 - m) m**(n-k) lo_k: in float64, to float32's rounding."""
+    running = RunningRange(momentum=momentum)
+    for batch in batches:
+        running.update(batch)
+    n = len(batches) - 1
+    weights = [momentum**n, *((1 - momentum) * momentum ** (n - k) for k in range(1, n + 1))]
+    for got, ends in zip(running.range(), (np.min, np.max), strict=True):
+        values = np.array([ends(b) for b in batches], dtype=np.float64)
+        np.testing.assert_allclose(got, np.dot(weights, values), rtol=1e-5, atol=1e-5 * np.abs(values).max() + 1e-37)
 
 
 @given(tensors(), qspecs())

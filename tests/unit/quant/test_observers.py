@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from refquant.errors import RangeError, ShapeError
-from refquant.quant import observers
 from refquant.quant.affine import QSpec, fake_quantize
-from refquant.quant.observers import RangeObserver, from_range, minmax, mse
+from refquant.quant.observers import RangeObserver, from_range, minmax, mse, search
 
 ASYMMETRIC, SYMMETRIC, ALWAYS_ZERO = QSpec(4), QSpec(4, signed=True, symmetric=True), QSpec(4, symmetric=True)
 
@@ -87,7 +86,7 @@ def test_blocks_do_not_change_the_search(monkeypatch):
     x = np.random.default_rng(0).standard_normal((3, 1000)).astype(np.float32)
     spec = QSpec(4, axis=0)
     whole = mse(x, spec)
-    monkeypatch.setattr(observers, "BLOCK", 64)
+    monkeypatch.setattr(search, "BLOCK", 64)
     np.testing.assert_array_equal(mse(x, spec).scale, whole.scale)
 
 
@@ -96,11 +95,11 @@ def test_observer_keeps_a_bounded_uniform_sample():
     for start in range(0, 10_000, 1000):
         column = np.arange(start, start + 1000, dtype=np.float32)
         observer.update(np.stack([column, -column], axis=1))
-    assert observer._sample.shape == (2, 100)
-    np.testing.assert_array_equal(observer._sample[0], -observer._sample[1])  # whole positions are kept
-    assert np.all(np.diff(observer._sample[0]) > 0)  # in order of arrival, without repetition
+    assert observer.sample.shape == (2, 100)
+    np.testing.assert_array_equal(observer.sample[0], -observer._sample[1])  # whole positions are kept
+    assert np.all(np.diff(observer.sample[0]) > 0)  # in order of arrival, without repetition
     # mean of 100 uniform draws from 0..9999: 5000 +- 289, so 4 sigma
-    assert abs(observer._sample[0].mean() - 5000) < 1160
+    assert abs(observer.sample[0].mean() - 5000) < 1160
     q = observer.minmax(QSpec(8, axis=1))
     np.testing.assert_allclose(q.scale, 9999 / 255, rtol=1e-6)
     assert q.zero_point.tolist() == [0, 255]
@@ -112,7 +111,7 @@ def test_observer_is_a_function_of_data_and_seed():
     for seed in (0, 0, 1):
         observer = RangeObserver(sample_size=50, seed=seed)
         observer.update(x)
-        samples.append(observer._sample)
+        samples.append(observer.sample)
     np.testing.assert_array_equal(samples[0], samples[1])
     assert (samples[0] != samples[2]).any()
 

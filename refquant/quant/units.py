@@ -1,0 +1,122 @@
+"""Which parts of a network are reconstructed together, and which layers see nothing but the time-step.
+
+A unit is a block (ResBlock, attention) or a single layer outside of all blocks; BRECQ (Li et al. 2021) found
+blocks to be the right grain. Their order is that of execution. The released TFMQ-DM code goes by registration
+instead, in which DDPM's up path comes in reverse (`order="registration"` repeats that).
+
+The temporal layers are found by what they do, not by name: a layer whose input stays the same when the image
+changes sees t alone. Such layers take as many inputs as there are time-steps, a finite set; TFMQ-DM calls them
+the Temporal Information Block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..autograd import Tensor, no_grad
+from ..errors import ShapeError, UnknownNameError
+from ..nn.module import Module
+from ..nn.unet import AttentionBlock, ResBlock, UNet
+from .wrap import QuantLayer, wrap
+
+BLOCKS = (ResBlock, AttentionBlock)
+ORDERS = ("execution", "registration")
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One part of a wrapped network.
+
+    Attributes
+    ----------
+    name : str
+        Of the module, such as "down.0.block.0".
+    module : Module
+        Its forward pass is what is reconstructed.
+    layers : tuple of QuantLayer
+        Whose rounding is learned with it.
+    """
+
+    name: str
+    module: Module
+    layers: tuple[QuantLayer, ...]
+
+
+def find_units(
+    network: UNet, layers: dict[str, QuantLayer], *, without: frozenset[str] = frozenset(), order: str = "execution"
+) -> list[Unit]:
+    """Cut a wrapped network into units.
+
+    Parameters
+    ----------
+    network, layers
+        From `refquant.quant.wrap.wrap`.
+    without : frozenset of str
+        Layers that are reconstructed elsewhere; a block that holds one computes with it and leaves it alone.
+    order : {"execution", "registration"}
+
+    Returns
+    -------
+    list of Unit
+        Every layer but those of `without` is in exactly one.
+    """
+    if order not in ORDERS:
+        raise UnknownNameError(f"no order of units is called {order!r}. Known: {', '.join(ORDERS)}.")
+    blocks = {name: module for name, module in network.named_modules() if isinstance(module, BLOCKS)}
+    owner = {name: next((b for b in blocks if name.startswith(b + ".")), name) for name in layers}
+    names = layers if order == "registration" else _execution_order(network, layers)
+    units: dict[str, list[QuantLayer]] = {}
+    for name in names:
+        if name not in without:
+            units.setdefault(owner[name], []).append(layers[name])
+    return [Unit(name, blocks.get(name, found[0]), tuple(found)) for name, found in units.items()]
+
+
+def temporal_layers(network: UNet) -> list[str]:
+    """Names of the layers of a float network whose input does not depend on the image, in order of execution.
+
+    Raises
+    ------
+    ShapeError
+        There is none: the network has no time embedding.
+    """
+    first, second = (_inputs(network, seed) for seed in (0, 1))
+    found = [name for name in first if np.array_equal(first[name], second[name])]
+    if not found:
+        raise ShapeError(
+            "this network has no layer that sees the time-step alone; methods that maintain temporal features "
+            "have nothing to do here. Choose another method."
+        )
+    return found
+
+
+def _execution_order(network: UNet, layers: dict[str, QuantLayer]) -> list[str]:
+    seen: list[str] = []
+    watchers = {name: layer.watcher for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.watcher = lambda name, value: seen.append(name)
+    try:
+        _forward(network, seed=0)
+    finally:
+        for name, layer in layers.items():
+            layer.watcher = watchers[name]
+    return seen
+
+
+def _inputs(network: UNet, seed: int) -> dict[str, np.ndarray]:
+    """Input of every layer for one random image; t is the same for every seed."""
+    wrapped, layers = wrap(network)
+    seen: dict[str, np.ndarray] = {}
+    for layer in layers.values():
+        layer.watcher = lambda name, value: seen.__setitem__(name, value)
+    _forward(wrapped, seed)
+    return seen
+
+
+def _forward(network: UNet, seed: int) -> None:
+    cfg = network.cfg
+    shape = (1, cfg.image_size, cfg.image_size, cfg.image_channels)
+    with no_grad():
+        network(Tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)), np.array([1]))
