@@ -183,6 +183,9 @@ static void plan(struct job *j, int threads)
     j->scratch_bytes = lay_out(j, NULL, NULL);
 }
 
+/* Nothing is read of such images, and their strides mean nothing. */
+static int is_empty(const struct rq_input *x) { return x->h == 0 || x->w == 0 || x->c == 0; }
+
 static int is_size(int64_t size, int64_t least) { return size >= least && size <= MOST_SIZE; }
 
 /* RQ_OK if the operands describe an operation that stays inside of its memory. */
@@ -197,11 +200,17 @@ static int check(const struct rq_input *x, const struct rq_weights *w, int64_t s
     if (!is_size(x->n, 0) || !is_size(x->h, 0) || !is_size(x->w, 0) || x->c != w->c || !is_size(w->outputs, 0)
         || stride < 1 || !is_size(padding, 0) || y->ld < w->outputs)
         return RQ_ERR_SIZE;
-    if (x->line_stride < x->w * x->c || (x->h > 0 && x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c))
+    if (x->h + 2 * padding > MOST_SIZE || x->w + 2 * padding > MOST_SIZE)
+        return RQ_ERR_SIZE;
+    if (!is_empty(x)
+        && (x->line_stride < x->w * x->c || x->line_stride > MOST_BYTES / x->h
+            || x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c
+            || x->image_stride > MOST_BYTES / rq_max(x->n, 1)))
         return RQ_ERR_SIZE;
     if (x->zero_point < 0 || x->zero_point > 255 || y->kind < RQ_INT32 || y->kind > RQ_UINT8)
         return RQ_ERR_RANGE;
-    if (y->kind == RQ_UINT8 && (y->qmin < 0 || y->qmin > y->qmax || y->qmax > 255))
+    if (y->kind == RQ_UINT8
+        && (y->zero_point < 0 || y->zero_point > 255 || y->qmin < 0 || y->qmin > y->qmax || y->qmax > 255))
         return RQ_ERR_RANGE;
     if (w->outputs == 0 || x->n == 0)
         return RQ_OK;
@@ -233,6 +242,8 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     if ((double)(x->h + 2 * padding) * (double)(x->w + 2 * padding) * (double)x->c > (double)MOST_BYTES)
         return RQ_ERR_MEMORY;
     struct rq_input flat = *x;
+    if (is_empty(x))
+        flat.image_stride = flat.line_stride = 0;
     struct job j = {
         .kernel = kernel, .x = &flat, .w = w, .y = y, .padding = padding,
         .stride = rq_min(stride, rq_max(height, width) + 1), /* the next window is outside in any case */
@@ -255,7 +266,8 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     j.slab_width = flat.w + 2 * padding;
     atomic_init(&j.next, 0);
     atomic_init(&j.status, RQ_OK);
-    const double work_size = (double)flat.n * (double)j.ho * (double)j.wo * (double)(w->kh * w->kw * w->c) * (double)w->outputs;
+    const double pixels = (double)flat.n * (double)j.ho * (double)j.wo;
+    const double work_size = pixels * (double)(w->kh * w->kw * w->c) * (double)w->outputs;
     if (threads < 1 || work_size < RQ_ALONE_BELOW)
         threads = 1;
     plan(&j, threads);

@@ -73,10 +73,11 @@ static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, 
 }
 
 /* Sum over the whole window of each row, from the sums over the channels of each pixel. */
-static void sum_windows(const struct job *j, struct bench *b, const uint8_t *start, int64_t first, int64_t n)
+static void sum_windows(const struct job *j, struct bench *b, const uint8_t *start, int64_t n, int64_t first,
+                        int64_t lines)
 {
     const int64_t width = j->slab_width, c = j->x->c;
-    for (int64_t i = 0; i < j->slab_lines; i++)
+    for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++)
         for (int64_t k = 0; k < width; k++)
             b->pixel_sums[i * width + k] = sum_bytes(start + i * b->line_bytes + k * c, c);
     const struct part *last = &b->parts[b->part_count - 1];
@@ -159,5 +160,5 @@ void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first
         add_part(j, b, other, start, i, end, r, j->wo, at);
     }
     if (j->sums_pixels)
-        sum_windows(j, b, start, first, n);
+        sum_windows(j, b, start, n, first, lines);
 }

@@ -145,7 +145,10 @@ def conv2d(
     else:
         ref.check_conv2d(x, w, stride, padding, x_zero_point, w_zero_point)
         w = as_packed(w, w_zero_point)
-    out = _target("conv2d", ref.conv2d_shape(x.shape, w.shape, stride, padding), output, out, x, residual)
+    shape = ref.conv2d_shape(x.shape, w.shape, stride, padding)
+    if 2 * padding + max(x.shape[1:3]) > LONGEST:
+        raise RangeError(f"conv2d: padding is {padding}; at most {LONGEST} pixels are possible, x {x.shape} included.")
+    out = _target("conv2d", shape, output, out, x, residual)
     _run("conv2d", x, w, int(stride), int(padding), x_zero_point, output, residual, out)
     return out
 
@@ -204,8 +207,6 @@ def _run(
             "Split K, and add the parts in int64."
         )
     stride = min(stride, LONGEST)  # no image is longer: the second window is outside in any case
-    if padding > LONGEST:
-        raise RangeError(f"{name}: padding is {padding}; at most {LONGEST} pixels are possible.")
     isa = active()
     if isa == "ref":
         acc = ref.conv2d(x, w.unpack(), stride=stride, padding=padding, x_zero_point=zx, w_zero_point=w.zero_point)

@@ -108,10 +108,12 @@ class Requantize:
                     f"Requantize: {name} runs from {x.min()} to {x.max()}; it must lie in {low}..{high}. "
                     "Make both with intmath.fixed_point."
                 )
-        if not 0 <= self.qmin < self.qmax <= 255 or not 0 <= self.zero_point <= 255:
+        numbers = (self.qmin, self.qmax, self.zero_point)
+        whole = all(isinstance(number, (int, np.integer)) for number in numbers)
+        if not whole or not 0 <= self.qmin < self.qmax <= 255 or not 0 <= self.zero_point <= 255:
             raise RangeError(
-                f"Requantize: codes {self.qmin}..{self.qmax}, zero point {self.zero_point}; "
-                "0 <= qmin < qmax <= 255 and a zero point in 0..255 are needed."
+                f"Requantize: codes {self.qmin}..{self.qmax}, zero point {self.zero_point}; whole numbers are needed, "
+                "0 <= qmin < qmax <= 255 and a zero point in 0..255."
             )
         if self.bias is not None:
             _vector("Requantize", "bias", self.bias, np.int32, len(self.mantissa))

@@ -118,6 +118,7 @@ REFUSED = {
         {"w.kw": BEYOND},
         {"w.kh": 400, "w.kw": 400},
         *({"y.kind": value} for value in (-1, 3)),
+        *({"y.kind": 2, "y.zero_point": value} for value in (-1, 256, -(2**31))),
         {"y.kind": 2, "y.qmin": -1},
         {"y.kind": 2, "y.qmax": 256},
         {"y.kind": 2, "y.qmin": 9, "y.qmax": 8},

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from contextlib import suppress
 
 import numpy as np
 import pytest
+from guards import Guarded
 
 from refquant import kernels
 from refquant.errors import RangeError, RefquantError, ShapeError
@@ -71,6 +73,8 @@ NUMBERS = [
     (lambda: conv2d(stride=(1, 1)), RangeError, r"stride is \(1, 1\)"),
     (lambda: conv2d(padding=-1), RangeError, "padding is -1.*from 0"),
     (lambda: conv2d(w=PACKED, padding=0.5), RangeError, "padding is 0.5"),
+    (lambda: conv2d(padding=2**31), RangeError, "padding is 2147483648; at most 1073741824"),
+    (lambda: conv2d(padding=2**31, stride=2**31), RangeError, "padding is 2147483648; at most 1073741824"),
     (lambda: conv2d(x_zero_point=256), RangeError, r"0\.\.255"),
     (lambda: conv2d(w=PACKED, x_zero_point=-1), RangeError, r"0\.\.255"),
     (lambda: conv2d(w=PACKED, x_zero_point=1.0), ShapeError, "float64.*must be an integer"),
@@ -204,6 +208,15 @@ def test_a_bias_that_could_overflow(isa, zx, zw):
 def test_a_stride_beyond_the_image(isa, stride):
     """However long the step, the first window is there."""
     assert conv2d(stride=stride).shape == (2, 1, 1, 3)
+
+
+def test_a_stride_beyond_the_frame():
+    """A frame of 2 * 2^30 pixels is longer than 2^30, but not than the stride: two windows a side, or a refusal."""
+    guarded = Guarded((1, 2, 2, 3), np.int32)
+    with suppress(ValueError, MemoryError):
+        kernels.conv2d(X[:1, ..., :0], W[..., :0], stride=2**31, padding=2**30, out=guarded.array)
+        assert not guarded.array.any()
+    guarded.check()
 
 
 HUGE = """
