@@ -183,9 +183,6 @@ static void plan(struct job *j, int threads)
     j->scratch_bytes = lay_out(j, NULL, NULL);
 }
 
-/* Nothing is read of such images, and their strides mean nothing. */
-static int is_empty(const struct rq_input *x) { return x->h == 0 || x->w == 0 || x->c == 0; }
-
 static int is_size(int64_t size, int64_t least) { return size >= least && size <= MOST_SIZE; }
 
 /* RQ_OK if the operands describe an operation that stays inside of its memory. */
@@ -202,11 +199,11 @@ static int check(const struct rq_input *x, const struct rq_weights *w, int64_t s
         return RQ_ERR_SIZE;
     if (x->h + 2 * padding > MOST_SIZE || x->w + 2 * padding > MOST_SIZE)
         return RQ_ERR_SIZE;
-    if (!is_empty(x)
-        && (x->line_stride < x->w * x->c || x->line_stride > MOST_BYTES / x->h
-            || x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c
-            || x->image_stride > MOST_BYTES / rq_max(x->n, 1)))
+    if (x->line_stride < x->w * x->c || x->line_stride > MOST_BYTES / rq_max(x->h, 1))
         return RQ_ERR_SIZE;
+    if (x->h > 0 && (x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c
+                     || x->image_stride > MOST_BYTES / rq_max(x->n, 1)))
+        return RQ_ERR_SIZE; /* of images without lines the stride means nothing */
     if (x->zero_point < 0 || x->zero_point > 255 || y->kind < RQ_INT32 || y->kind > RQ_UINT8)
         return RQ_ERR_RANGE;
     if (y->kind == RQ_UINT8
@@ -242,8 +239,8 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     if ((double)(x->h + 2 * padding) * (double)(x->w + 2 * padding) * (double)x->c > (double)MOST_BYTES)
         return RQ_ERR_MEMORY;
     struct rq_input flat = *x;
-    if (is_empty(x))
-        flat.image_stride = flat.line_stride = 0;
+    if (x->h == 0)
+        flat.image_stride = 0;
     struct job j = {
         .kernel = kernel, .x = &flat, .w = w, .y = y, .padding = padding,
         .stride = rq_min(stride, rq_max(height, width) + 1), /* the next window is outside in any case */
