@@ -199,11 +199,11 @@ static int check(const struct rq_input *x, const struct rq_weights *w, int64_t s
         return RQ_ERR_SIZE;
     if (x->h + 2 * padding > MOST_SIZE || x->w + 2 * padding > MOST_SIZE)
         return RQ_ERR_SIZE;
-    if (x->line_stride < x->w * x->c || x->line_stride > MOST_BYTES / rq_max(x->h, 1))
+    if (x->line_stride < x->w * x->c || (x->h > 1 && x->line_stride > MOST_BYTES / x->h))
         return RQ_ERR_SIZE;
     if (x->h > 0 && (x->image_stride < (x->h - 1) * x->line_stride + x->w * x->c
-                     || x->image_stride > MOST_BYTES / rq_max(x->n, 1)))
-        return RQ_ERR_SIZE; /* of images without lines the stride means nothing */
+                     || (x->n > 1 && x->image_stride > MOST_BYTES / x->n)))
+        return RQ_ERR_SIZE;
     if (x->zero_point < 0 || x->zero_point > 255 || y->kind < RQ_INT32 || y->kind > RQ_UINT8)
         return RQ_ERR_RANGE;
     if (y->kind == RQ_UINT8
@@ -239,7 +239,9 @@ int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_we
     if ((double)(x->h + 2 * padding) * (double)(x->w + 2 * padding) * (double)x->c > (double)MOST_BYTES)
         return RQ_ERR_MEMORY;
     struct rq_input flat = *x;
-    if (x->h == 0)
+    if (x->h <= 1)
+        flat.line_stride = x->w * x->c; /* there is no next line: the stride means nothing */
+    if (x->n <= 1 || x->h == 0)
         flat.image_stride = 0;
     struct job j = {
         .kernel = kernel, .x = &flat, .w = w, .y = y, .padding = padding,
