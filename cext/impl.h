@@ -15,7 +15,7 @@
  * That is the whole of "implicit convolution": nothing is unfolded, a row is a pointer.
  *
  * A segment is read in steps of RQ_STEP = 8 bytes; where its length is no multiple of 8, the last
- * step reads up to 7 bytes too many, which meet weights of 0 (conv.c sees to it that they exist).
+ * step reads up to 7 bytes too many, which meet weights of 0 (slab.c sees to it that they exist).
  */
 #ifndef REFQUANT_IMPL_H
 #define REFQUANT_IMPL_H
