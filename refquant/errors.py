@@ -33,5 +33,9 @@ class DataError(RefquantError):
     """A data set is missing, damaged, or cannot be fetched."""
 
 
+class LoweringError(RefquantError):
+    """A quantized model holds something that has no integer form; the message names the layer and the reason."""
+
+
 class UnsupportedISA(RefquantError):
     """A kernel was asked for that is not compiled in or that this CPU cannot run."""

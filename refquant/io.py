@@ -46,7 +46,7 @@ RESERVED = ("format", "format_version", "refquant_version", "data_sha256", "head
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "uint64": "U64",
            "int32": "I32", "uint8": "U8", "int8": "I8", "bool": "BOOL"}  # fmt: skip
 _READ_BY = {"unet": "refquant sample", "classifier": "refquant evaluate", "quantized": "refquant sample",
-            "train-state": "refquant train"}  # fmt: skip
+            "train-state": "refquant train", "quantize-state": "refquant quantize"}  # fmt: skip
 _MAGIC = {b"PK\x03\x04": "a zip archive (.npz or PyTorch)", b"\x80": "a pickle",
           b"\x93NUMPY": "a NumPy .npy file", b"GGUF": "a GGUF file", b"\x89PNG": "a PNG picture"}  # fmt: skip
 _REMEDY = {

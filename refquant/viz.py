@@ -261,19 +261,36 @@ def plot_per_step_error(errors_by_method: Mapping[str, ArrayLike]) -> Figure:
             "wanted at least one method and the same number of steps for all."
         )
     figure, axes = _axes("sampling step (the first starts from noise)", "mean squared error to float32")
-    for i, (name, errors) in enumerate(curves.items()):
-        axes.plot(
-            np.arange(1, len(errors) + 1),
-            np.where(errors > 0, errors, np.nan),
-            color=PALETTE[i % len(PALETTE)],
-            linestyle=DASHES[i % len(DASHES)],
-            linewidth=2.0,
-            label=name,
-        )
+    _curves(axes, {name: (np.arange(1, len(y) + 1), np.where(y > 0, y, np.nan)) for name, y in curves.items()})
     if any((errors > 0).any() for errors in curves.values()):
         axes.set_yscale("log")
     axes.legend(frameon=False)
     return figure
+
+
+def plot_over_time(curves_by_method: Mapping[str, ArrayLike], quantity: str) -> Figure:
+    """A quantity of each method at every time-step t = 0, 1, ...; t = 0 is the clean end.
+
+    Parameters
+    ----------
+    curves_by_method : mapping of str to array_like, (T,)
+    quantity : str
+        Label of the axis.
+    """
+    curves = {name: _series("plot_over_time", name, values) for name, values in curves_by_method.items()}
+    if not curves:
+        raise ShapeError("plot_over_time: given no curves, wanted at least one method.")
+    figure, axes = _axes("time-step t (0 is one step of noise)", quantity)
+    _curves(axes, {name: (np.arange(len(values)), values) for name, values in curves.items()}, width=1.2)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _curves(axes: Axes, curves: Mapping[str, tuple[NDArray, NDArray]], width: float = 2.0) -> None:
+    """Draw curves that differ in colour and in dashes."""
+    for i, (name, (x, y)) in enumerate(curves.items()):
+        style = {"color": PALETTE[i % len(PALETTE)], "linestyle": DASHES[i % len(DASHES)], "linewidth": width}
+        axes.plot(x, y, label=name, **style)
 
 
 def _images(function: str, images: ArrayLike) -> NDArray[np.float64]:

@@ -93,6 +93,7 @@ EXAMPLES = [
     Example("transpose", "cycle", (_n(2, 3, 4),), {"axes": (2, 0, 1)}),
     Example("transpose", "swap", (_n(2, 3, 4, 2),), {"axes": (0, 2, 1, 3)}),
     Example("concat", "nhwc", (_n(2, 2, 3, 4), _n(2, 2, 3, 1))),
+    Example("channels", "middle", (_n(2, 2, 3, 5),), {"start": 1, "stop": 4}),
     Example("concat", "vectors", (_n(3), _n(2))),
     Example("sum_all", "matrix", (_n(3, 4),)),
     Example("mean_all", "matrix", (_n(3, 4),)),

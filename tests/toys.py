@@ -1,6 +1,35 @@
-"""Noise predictors whose answers are known, and noise sources that a test controls. Shared by the sampler tests."""
+"""Noise predictors whose answers are known, noise sources that a test controls, and a tiny model to quantize."""
+
+from dataclasses import replace
 
 import numpy as np
+
+from refquant.diffusion.model import DiffusionModel
+from refquant.diffusion.schedule import cosine
+from refquant.nn.unet import UNet, UNetConfig
+from refquant.quant.calibrate import Calibration, CalibrationConfig
+from refquant.quant.reconstruct import ReconstructionConfig
+from refquant.quant.session import Session
+
+TINY = UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0)
+CALIBRATION = CalibrationConfig(images=3, steps=4, every=2)
+EFFORT = ReconstructionConfig(iterations=3, batch=4, rate=0.1)
+
+
+def tiny_model(cfg=TINY, *, timesteps=20, prediction="eps", seed=0):
+    """A model of random weights, none of them 0 (new networks answer 0): every layer matters."""
+    rng = np.random.default_rng(seed)
+    network = UNet(cfg, rng)
+    for p in network.parameters():
+        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
+    return DiffusionModel("tiny", network, cosine(timesteps), prediction)
+
+
+def tiny_session(model, calibration=CALIBRATION, **options):
+    """A session of little effort; `model` may be a Calibration, to be shared."""
+    shared = model if isinstance(model, Calibration) else Calibration(model, calibration)
+    effort = replace(EFFORT, **options.pop("effort", {}))
+    return Session(shared, **{"states": 6, "reconstruction": effort, **options})
 
 
 class GaussianEps:

@@ -103,6 +103,23 @@ def concat(a: Tensor, b: Tensor) -> Tensor:
     )
 
 
+def split(a: Tensor, at: int) -> tuple[Tensor, Tensor]:
+    """Undo `concat`: the first `at` channels of the last axis, and the others."""
+    return channels(a, 0, at), channels(a, at, a.shape[-1])
+
+
+@op
+def channels(a: Tensor, start: int, stop: int) -> Tensor:
+    """Take channels start .. stop-1 of the last axis."""
+
+    def vjp(g: NDArray[Any]) -> tuple[NDArray[Any]]:
+        whole = np.zeros(a.shape, g.dtype)
+        whole[..., start:stop] = g
+        return (whole,)
+
+    return Tensor(np.ascontiguousarray(a.data[..., start:stop]), (a,), vjp)
+
+
 @op
 def sum_all(a: Tensor) -> Tensor:
     """Sum of all elements, a scalar."""

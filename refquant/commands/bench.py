@@ -9,17 +9,19 @@ from typing import Any
 
 from .. import kernels
 from ..bench import kernels as kernel_bench
-from ..bench import unet
+from ..bench import reconstruct, unet
+from ..diffusion.model import load_model
 from ..nn.unet import CONFIGS
 from .common import add_verb, print_table, say, setting, write_json
 
 
 def add(verbs: Any) -> None:
     """Describe the verb."""
-    p = add_verb(verbs, "bench", "Time training, sampling or the integer kernels beside other libraries, in one run.",
+    p = add_verb(verbs, "bench", "Time training, sampling, calibration or the integer kernels beside other libraries.",
                  "refquant bench kernels --shapes 256,16x16 8x8 --repeats 5")  # fmt: skip
-    p.add_argument("what", choices=("train", "unet", "kernels"),
-                   help="train: one update; unet: one forward pass; kernels: convolutions in uint8 x int8")  # fmt: skip
+    p.add_argument("what", choices=("train", "unet", "kernels", "reconstruct"),
+                   help="train: one update; unet: one forward pass; kernels: convolutions in uint8 x int8; "
+                   "reconstruct: learning the rounding of a block")  # fmt: skip
     p.add_argument("--repeats", type=int, default=10, metavar="R", help="timed rounds, engines taking turns")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     net = p.add_argument_group("train and unet")
@@ -30,11 +32,16 @@ def add(verbs: Any) -> None:
     integer.add_argument("--gemm", action="store_true", help="matrix products of the same size, beside NumPy float32")
     integer.add_argument("--int4", action="store_true", help="weights of 4 bits beside those of 8, two larger shapes")
     integer.add_argument("--zero-point", type=int, default=0, metavar="Z", help="code of the activations that means 0")
+    block = p.add_argument_group("reconstruct")
+    block.add_argument("--units", nargs="+", metavar="NAME", default=reconstruct.UNITS, help="blocks of mnist-unet")
+    block.add_argument("--iterations", type=int, default=30, metavar="I", help="of each turn")
     p.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Time what is asked for."""
+    if args.what == "reconstruct":
+        return run_reconstruct(args)
     return run_kernels(args) if args.what == "kernels" else run_network(args)
 
 
@@ -51,6 +58,21 @@ def run_network(args: argparse.Namespace) -> int:
     if len(times) == 1:
         print("PyTorch is not installed: pip install torch, to compare.")
     write_json(args.json, {"what": args.what, "network": args.network, "batch": args.batch, "seconds": times})
+    return 0
+
+
+def run_reconstruct(args: argparse.Namespace) -> int:
+    """Print iterations per second and ratios."""
+    say(args, f"bench reconstruct, 4-bit weights, batch 32, {args.iterations} iterations, {setting()}")
+    rows = reconstruct.run(load_model("mnist-unet"), tuple(args.units), args.iterations, args.repeats)
+    engines = [name for name in rows[0] if name != "unit"]
+    table = [(r["unit"], *(f"{r[e]:.1f}" for e in engines), *(f"{r['refquant'] / r[e]:.2f}" for e in engines[1:]))
+             for r in rows]  # fmt: skip
+    print("iterations per second, and how many times as fast as each peer refquant is")
+    print_table(("unit", *engines, *(f"x {e}" for e in engines[1:])), table)
+    if len(engines) == 1:
+        print("PyTorch is not installed: pip install torch, to compare.")
+    write_json(args.json, {"what": "reconstruct", "iterations": args.iterations, "rows": rows})
     return 0
 
 

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from .. import io, kernels
 from .._version import __version__
-from ..diffusion.denoiser import Denoiser
+from ..deploy.runtime import ENGINES, integer_denoiser
+from ..diffusion.denoiser import NoisePredictor
 from ..diffusion.model import DiffusionModel, find, load_model
 from ..errors import CheckpointError, RangeError, RefquantError
 from ..quant.quantized import load_quantized
@@ -77,22 +78,34 @@ class Opened:
     """A model ready to sample: the float model or frame, its noise predictor, what it is, and its size."""
 
     base: DiffusionModel
-    eps: Denoiser
+    eps: NoisePredictor
     description: str
     size_bytes: int
 
 
-def open_model(name: str) -> Opened:
-    """Open a float or quantized model by asset name or path."""
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add --engine, for quantized models."""
+    parser.add_argument(
+        "--engine", choices=("fake", *ENGINES), default="fake",
+        help="how a quantized model computes: simulated in float32, in integers on NumPy, in integers on the C core",
+    )  # fmt: skip
+
+
+def open_model(name: str, engine: str = "fake") -> Opened:
+    """Open a float or quantized model by asset name or path; `engine` is for quantized ones."""
     path = find(name)
     kind = io.read_metadata(path)["kind"]
     if kind == "quantized":
         model = load_quantized(name)
         r = model.recipe
         label = f"{model.base.name} W{r['weight_bits']}A{r['input_bits']} {r['method']}"
-        return Opened(model.base, model.denoiser(), label, model.size_bytes())
+        if engine == "fake":
+            return Opened(model.base, model.denoiser(), label, model.size_bytes())
+        return Opened(model.base, integer_denoiser(model, engine), f"{label}, engine {engine}", model.size_bytes())
     if kind != "unet":
         raise CheckpointError(f"{path}: holds a {kind}, which draws nothing. Give a UNet or a quantized model.")
+    if engine != "fake":
+        raise RefquantError(f"{name} is a float model: --engine {engine} runs quantized ones. Quantize it first.")
     base = load_model(name)
     return Opened(base, base.denoiser(), f"{base.name} float32", 4 * base.network.parameter_count())
 

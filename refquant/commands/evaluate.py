@@ -14,7 +14,7 @@ from ..diffusion.model import load_model
 from ..errors import RangeError
 from ..evaluate import BATCH, Judge, per_step_error, sample_run
 from ..metrics import mean_and_spread, psnr
-from .common import add_verb, open_model, print_table, progress, say, setting, write_json
+from .common import add_engine, add_verb, open_model, print_table, progress, say, setting, write_json
 
 
 def add(verbs: Any) -> None:
@@ -33,6 +33,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--reference", metavar="MODEL", help="float model to compare with, from the same noise (PSNR)")
     p.add_argument("--judge", default="mnist-classifier", metavar="MODEL", help="classifier whose features are used")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_engine(p)
     p.set_defaults(run=run)
 
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 2 or args.runs < 1:
         raise RangeError(f"-n is {args.n} and --runs is {args.runs}; at least 2 images and 1 run are needed.")
     judge = Judge(args.judge)
-    opened = open_model(args.model)
+    opened = open_model(args.model, args.engine)
     reference = load_model(args.reference) if args.reference else None
     say(args, f"{opened.description}, {setting()}")
     errors: list[np.ndarray] = []

@@ -62,5 +62,7 @@ def describe_model(name: str) -> dict[str, Any]:
     specs = facts.pop("specs", None)
     facts = {"file": path.name, "bytes": path.stat().st_size, **facts}
     if specs is not None:
-        facts["quantized layers"] = sum(s["weight"] is not None for s in specs.values())
+        facts["quantized weights"] = len(specs["weights"])
+        facts["quantized activations"] = len(specs["activations"])
+        facts["cached features"] = len(specs["features"])
     return facts

@@ -3,45 +3,134 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ..diffusion.model import load_model
-from ..quant.calibrate import CalibrationConfig, observe_inputs
-from ..quant.methods.nearest import SEARCHES, quantize_nearest
-from .common import add_verb, say, setting
+from ..errors import RangeError, UnknownNameError
+from ..quant.calibrate import Calibration, CalibrationConfig
+from ..quant.coverage import COVERAGES
+from ..quant.methods import METHODS, method, options_of
+from ..quant.reconstruct import ReconstructionConfig
+from ..quant.session import Session
+from .common import add_verb, say, setting, write_json
 
 
 def add(verbs: Any) -> None:
     """Describe the verb."""
     p = add_verb(
-        verbs, "quantize", "Quantize a model after training, without data.",
-        "refquant quantize mnist-unet --weight-bits 4 --out w4a8.safetensors", out="quantized.safetensors",
+        verbs, "quantize", "Quantize a model after training, without data; a run that is killed goes on where it was.",
+        "refquant quantize mnist-unet --method tfmq --weight-bits 4 --iterations 20 --out w4a8.safetensors",
+        out="quantized.safetensors",
     )  # fmt: skip
     p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
-    p.add_argument("--method", choices=("nearest",), default="nearest", help="how weights are rounded")
-    p.add_argument("--weight-bits", type=int, default=8, metavar="B", help="2 to 8")
-    p.add_argument("--input-bits", type=int, default=8, metavar="B", help="2 to 8, of activations")
-    p.add_argument("--search", choices=SEARCHES, default="mse", help="how ranges are chosen")
-    p.add_argument("--images", type=int, default=32, metavar="N", help="calibration: float trajectories")
-    p.add_argument("--steps", type=int, default=50, metavar="K", help="calibration: steps of each")
+    add_calibration(p)
+    p.add_argument("--method", choices=tuple(METHODS), default="nearest", help="see refquant/quant/methods")
+    p.add_argument("--weight-bits", type=int, default=8, metavar="B", help="2 to 8, or 32 for float")
+    p.add_argument("--input-bits", type=int, default=8, metavar="B", help="of activations: 2 to 8, or 32 for float")
+    p.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as fsc=temporal (tfmq)"
+    )
+    p.add_argument("--json", type=Path, metavar="FILE", help="write recipe, seconds by phase and peak memory there")
     p.set_defaults(run=run)
+
+
+def add_calibration(p: argparse.ArgumentParser) -> None:
+    """Add the options that say how much a method may look at and learn; the same for all methods."""
+    effort = ReconstructionConfig()
+    p.add_argument("--coverage", choices=COVERAGES, default="full", help="what is quantized")
+    p.add_argument("--images", type=int, default=64, metavar="N", help="calibration: float trajectories")
+    p.add_argument("--steps", type=int, default=50, metavar="K", help="calibration and sampling: DDIM steps")
+    p.add_argument("--states", type=int, default=512, metavar="M", help="network inputs that weights are learned on")
+    p.add_argument(
+        "--iterations", type=int, default=effort.iterations, metavar="I", help="steps of learning for each block"
+    )
+
+
+def session(
+    args: argparse.Namespace, calibration: Calibration, weight_bits: int, input_bits: int, state: Path | None = None
+) -> Session:
+    """Return what the options ask for."""
+    return Session(
+        calibration,
+        weight_bits,
+        input_bits,
+        coverage=args.coverage,
+        reconstruction=ReconstructionConfig(iterations=args.iterations, seed=args.seed),
+        states=args.states,
+        state=state,
+        quiet=args.quiet,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, quantize, save."""
+    options = parse_options(args.method, args.option)
     model = load_model(args.model)
-    say(args, f"{model.name}: W{args.weight_bits}A{args.input_bits} {args.method}, {setting()}")
+    bits = f"W{args.weight_bits}A{args.input_bits}"
+    state = args.out.with_name(args.out.name + ".state")
+    resumed = ", resuming" if state.exists() else ""
+    say(args, f"{model.name}: {bits} {args.method}, {setting()}{resumed}; state in {state}")
     began = time.perf_counter()
-    calibration = CalibrationConfig(images=args.images, steps=args.steps, seed=args.seed)
-    quantized = quantize_nearest(
-        model, observe_inputs(model, calibration), calibration,
-        weight_bits=args.weight_bits, input_bits=args.input_bits, search=args.search,
-    )  # fmt: skip
+    # other noise than samples of the same seed start from
+    cfg = CalibrationConfig(images=args.images, steps=args.steps, seed=1_000_003 + args.seed)
+    asked = session(args, Calibration(model, cfg), args.weight_bits, args.input_bits, state)
+    quantized = method(args.method)(asked, **options)
     quantized.save(args.out)
+    state.unlink(missing_ok=True)
+    seconds = time.perf_counter() - began
     ratio = 4 * model.network.parameter_count() / quantized.size_bytes()
+    print(f"coverage {quantized.recipe['coverage']}")
+    print("seconds " + ", ".join(f"{name} {value:.1f}" for name, value in quantized.seconds.items()))
     print(
-        f"{args.out}: W{args.weight_bits}A{args.input_bits} {args.method}, {quantized.size_bytes() / 1e6:.2f} MB "
-        f"({ratio:.2f} x smaller than float32), {time.perf_counter() - began:.1f} s"
+        f"{args.out}: {bits} {args.method}, {quantized.size_bytes() / 1e6:.2f} MB "
+        f"({ratio:.2f} x smaller than float32), {seconds:.1f} s"
+    )
+    write_json(
+        args.json,
+        {
+            "recipe": quantized.recipe,
+            "seconds": {**quantized.seconds, "all": seconds},
+            "bytes": quantized.size_bytes(),
+            "peak_memory_bytes": peak_memory(),
+        },
     )
     return 0
+
+
+def parse_options(name: str, given: list[str]) -> dict[str, Any]:
+    """Turn KEY=VALUE texts into options of the method, of the type of their defaults."""
+    known, out = options_of(name), {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            listed = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
+            raise UnknownNameError(f"--option {text!r}: {name} has no such option. It has: {listed}.")
+        out[key] = _typed(text, value, known[key])
+    return out
+
+
+def _typed(text: str, value: str, default: object) -> object:
+    if isinstance(default, bool):
+        if value not in ("true", "false"):
+            raise RangeError(f"--option {text!r}: true or false is wanted.")
+        return value == "true"
+    if isinstance(default, str):
+        return value
+    kind = float if isinstance(default, float) else int
+    try:
+        return kind(value)
+    except ValueError:
+        raise RangeError(f"--option {text!r}: a number is wanted.") from None
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -16,7 +16,7 @@ from ..diffusion.ddpm import VARIANCES, ddpm_sample
 from ..errors import RefquantError
 from ..evaluate import BATCH, sample_run
 from ..viz import image_grid, save_png
-from .common import add_verb, open_model, progress, say, setting
+from .common import add_engine, add_verb, open_model, progress, say, setting
 
 
 def add(verbs: Any) -> None:
@@ -32,6 +32,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--eta", type=float, default=0.0, metavar="E", help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--spacing", choices=("uniform", "quadratic"), default="uniform", help="time-steps of ddim")
     p.add_argument("--variance", choices=VARIANCES, default="posterior", help="noise of ddpm")
+    add_engine(p)
     p.set_defaults(run=run)
 
 
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw, and write a picture grid (.png) or raw float32 (N, C, H, W) in [-1, 1] (.npy)."""
     if args.out.suffix not in (".png", ".npy"):
         raise RefquantError(f"{args.out}: --out ends in .png (a picture grid) or .npy (raw float32), nothing else.")
-    opened = open_model(args.model)
+    opened = open_model(args.model, args.engine)
     base = opened.base
     say(args, f"{opened.description}, {setting()}")
     steps = args.steps if args.sampler == "ddim" else base.schedule.timesteps

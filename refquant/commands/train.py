@@ -11,9 +11,10 @@ import numpy as np
 from .. import data
 from ..data.dataset import to_float
 from ..diffusion.denoiser import PREDICTIONS
-from ..diffusion.model import DiffusionModel, save_classifier
+from ..diffusion.model import DiffusionModel, load_model, save_classifier
 from ..diffusion.schedule import SCHEDULES, schedule
 from ..diffusion.train import train
+from ..errors import RangeError
 from ..metrics import feature_stats, frechet_distance, mean_and_spread
 from ..nn.classifier import Classifier, ClassifierConfig, accuracy, train_classifier
 from ..nn.fit import FitConfig
@@ -32,9 +33,13 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("network", nargs="?", default="mnist-unet", choices=(*CONFIGS, SPECIAL), help="what to train")
     p.add_argument("--data", default="mnist", metavar="NAME", help=f"one of {', '.join(data.names())}")
-    p.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine", help="noise schedule")
-    p.add_argument("--timesteps", type=int, default=1000, metavar="T", help="steps of the schedule")
-    p.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network answers")
+    p.add_argument("--schedule", choices=tuple(SCHEDULES), help="noise schedule (default: cosine, or that of --start)")
+    p.add_argument(
+        "--timesteps", type=int, metavar="T", help="steps of the schedule (default: 1000, or those of --start)"
+    )
+    p.add_argument("--prediction", choices=PREDICTIONS, help="what the network answers (default: eps, or as --start)")
+    p.add_argument("--shift", type=float, default=1.0, metavar="S", help="above 1: draw noisy time-steps more often")
+    p.add_argument("--start", metavar="MODEL", help="begin with the weights of this model, trained before")
     p.add_argument("--steps", type=int, default=10000, metavar="K", help="updates of the weights")
     p.add_argument("--batch", type=int, default=64, metavar="B", help="images per update")
     p.add_argument("--rate", type=float, default=1.5e-3, metavar="LR", help="peak learning rate of Adam")
@@ -47,6 +52,8 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then write the averaged weights to --out; the state of the run lies in OUT.state until then."""
+    if args.network == SPECIAL and (args.start is not None or args.shift != 1):
+        raise RangeError(f"--start and --shift are for diffusion models; the {SPECIAL} is trained without them.")
     dataset = data.load(args.data, "train")
     cfg = FitConfig(
         steps=args.steps, batch=args.batch, rate=args.rate, warmup=args.warmup, decay=min(args.decay, args.steps),
@@ -71,18 +78,33 @@ def run(args: argparse.Namespace) -> int:
         save_classifier(args.out, classifier, {"mean": stats.mean, "cov": stats.cov}, facts)
         result = f"test accuracy {facts['test_accuracy']:.4f}"
     else:
-        network, noise = UNet(config(args.network), rng), schedule(args.schedule, args.timesteps)
-        model = DiffusionModel(args.out.stem, network, noise, args.prediction, facts)
+        model = _beginning(args, facts | {"shift": args.shift}, rng)
         losses = train(
-            model.network, dataset, model.schedule, cfg, prediction=args.prediction, state=state, quiet=args.quiet
-        )
-        facts["loss"] = float(losses[-500:].mean())
+            model.network, dataset, model.schedule, cfg, prediction=model.prediction, shift=args.shift,
+            start=model.metadata.get("start", ""), state=state, quiet=args.quiet,
+        )  # fmt: skip
+        model.metadata["loss"] = float(losses[-500:].mean())
         model.save(args.out)
-        result = f"loss {facts['loss']:.4f}"
+        result = f"loss {model.metadata['loss']:.4f}"
     state.unlink(missing_ok=True)
     seconds = time.perf_counter() - began
     print(f"{args.out}: {args.network}, {cfg.steps} steps of {cfg.batch} images, {result}, {seconds:.0f} s")
     return 0
+
+
+def _beginning(args: argparse.Namespace, facts: dict[str, Any], rng: np.random.Generator) -> DiffusionModel:
+    """Return the untrained model, or that of --start under its own name, where the options do not say otherwise."""
+    cfg = config(args.network)
+    if args.start is None:
+        noise = schedule(args.schedule or "cosine", 1000 if args.timesteps is None else args.timesteps)
+        return DiffusionModel(args.out.stem, UNet(cfg, rng), noise, args.prediction or "eps", facts)
+    base = load_model(args.start)
+    if base.network.cfg != cfg:
+        raise RangeError(f"--start {args.start} is not a {args.network}: it has {base.network.cfg}, not {cfg}.")
+    kept, seen = base.schedule, base.metadata.get("images_seen", 0)
+    noise = schedule(args.schedule or kept.name, kept.timesteps if args.timesteps is None else args.timesteps)
+    facts |= {"start": base.metadata["data_sha256"], "images_seen": facts["images_seen"] + seen}
+    return DiffusionModel(args.out.stem, base.network, noise, args.prediction or base.prediction, facts)
 
 
 def _real_distance(judge: Classifier, test: data.Dataset, mean: np.ndarray, cov: np.ndarray) -> dict[str, float]:

@@ -64,15 +64,20 @@ def ddim_sample(
     for step, t, after in with_previous(timestep_sequence(schedule.timesteps, steps, spacing)):
         ab, ab_after = alpha_bar[t], alpha_bar[after] if after >= 0 else 1.0
         e = eps(x, t, step)
-        x_0 = predict_x_0(x, e, ab, clip)
-        direction = (x - np.float32(np.sqrt(ab)) * x_0) / np.float32(np.sqrt(1 - ab)) if clip else e
         sigma = ddim_sigma(ab, ab_after, eta)
-        x = np.float32(np.sqrt(ab_after)) * x_0 + np.float32(np.sqrt(1 - ab_after - sigma**2)) * direction
+        x, x_0 = ddim_step(x, e, ab, ab_after, sigma, clip)
         if sigma > 0:
             x = x + np.float32(sigma) * noise.draw()
         if callback is not None:
             callback(StepState(step, steps, t, x, x_0, e))
     return x
+
+
+def ddim_step(x: Images, eps: Images, ab: float, ab_after: float, sigma: float, clip: bool) -> tuple[Images, Images]:
+    """One step (eq. 12) with any sigma: x_{t'} before its noise, and the predicted clean image."""
+    x_0 = predict_x_0(x, eps, ab, clip)
+    direction = (x - np.float32(np.sqrt(ab)) * x_0) / np.float32(np.sqrt(1 - ab)) if clip else eps
+    return np.float32(np.sqrt(ab_after)) * x_0 + np.float32(np.sqrt(1 - ab_after - sigma**2)) * direction, x_0
 
 
 def ddim_sigma(ab: float, ab_after: float, eta: float) -> float:

@@ -81,6 +81,14 @@ class GroupNorm(Module):
         return nnops.group_norm(x, self.weight, self.bias, self.groups, self.eps)
 
 
+class AttentionProduct(Module):
+    """softmax(q kᵀ / sqrt(C)) v, without parameters; a module so that it has a name where others put quantizers."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (N, L, C) -> (N, L, C)."""
+        return nnops.attention(q, k, v)
+
+
 class Dropout(Module):
     """Drops with probability `rate` where a generator is given, and is the identity where none is.
 

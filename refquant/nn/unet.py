@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ..autograd import Tensor, nnops, ops
 from ..errors import CheckpointError, RangeError, ShapeError, UnknownNameError
-from .layers import Conv2d, Dropout, GroupNorm, Linear
+from .layers import AttentionProduct, Conv2d, Dropout, GroupNorm, Linear
 from .module import Module
 
 Rng = np.random.Generator
@@ -143,6 +143,7 @@ class AttentionBlock(Module):
         self.q = Conv2d(rng, channels, channels, kernel=1)
         self.k = Conv2d(rng, channels, channels, kernel=1)
         self.v = Conv2d(rng, channels, channels, kernel=1)
+        self.product = AttentionProduct()
         self.proj_out = Conv2d(rng, channels, channels, kernel=1, gain=0.0)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class AttentionBlock(Module):
         n, h, w, c = x.shape
         normed = self.norm(x)
         q, k, v = (ops.reshape(layer(normed), (n, h * w, c)) for layer in (self.q, self.k, self.v))
-        mixed = ops.reshape(nnops.attention(q, k, v), (n, h, w, c))
+        mixed = ops.reshape(self.product(q, k, v), (n, h, w, c))
         return ops.add(x, self.proj_out(mixed))
 
 

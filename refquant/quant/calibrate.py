@@ -1,30 +1,35 @@
 """Calibration without data: noise pushed through the float model shows which values activations take.
 
-The float sampler runs once, exactly as it will be used; at every few steps each layer's input is
-recorded by an observer. No image of a data set is needed, because the sampler's own trajectory *is* the
+The float sampler runs once, exactly as it will be used, and everything its network is called with is kept. All
+methods feed on that one recording: no image of a data set is needed, because the sampler's own trajectory *is* the
 distribution that the quantized network will meet (PTQ4DM, Q-Diffusion, TFMQ-DM section 4).
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ..diffusion.ddim import ddim_sample
+from ..autograd import Tensor, no_grad
 from ..diffusion.model import DiffusionModel
-from ..diffusion.sampling import Images, NoiseSource
+from ..diffusion.sampling import Images
 from ..errors import RangeError
+from ..nn.unet import UNet
 from ..threads import parallel_map
 from .observers import RangeObserver
-from .wrap import wrap
+from .record import States, Trajectories, record_trajectories
+from .wrap import activation_quantizers, watched, wrap
 
-# Values kept per layer for the mse search. 80 candidates on 16,384 values take 80 ms a layer, and the
+# Values kept per quantizer for the mse search. 80 candidates on 16,384 values take 80 ms, and the
 # error of a candidate is then known to 1 %, less than neighbouring candidates of the grid differ.
 SAMPLE_SIZE = 16384
 
-CHUNK = 8  # images a worker thread records at a time
+CHUNK = 16  # states a worker thread records at a time
+
+Seen = list[tuple[str, Images]]
 
 
 @dataclass(frozen=True)
@@ -36,14 +41,14 @@ class CalibrationConfig:
     images : int
         Trajectories.
     steps : int
-        DDIM steps of each (eta 0, uniform spacing).
+        DDIM steps of each (eta 0, uniform spacing): those of the sampler that will be used.
     every : int
-        Record at every so many steps, beginning with the first; uniform in the sampler's step index.
+        One range for all time-steps looks at every so many steps, beginning with the first.
     seed : int
         Of the starting noise; kept apart from the noise that samples are drawn from.
     """
 
-    images: int = 32
+    images: int = 64
     steps: int = 50
     every: int = 5
     seed: int = 1_000_003
@@ -58,42 +63,58 @@ class CalibrationConfig:
         return asdict(self)
 
 
-def observe_inputs(model: DiffusionModel, cfg: CalibrationConfig) -> dict[str, RangeObserver]:
-    """Run the float sampler and watch the input of every convolution and linear layer.
+class Calibration:
+    """One recording of a float model, made when it is first needed and then shared.
 
-    Returns
-    -------
-    dict of str to RangeObserver
-        By layer name. Ask one for ``minmax(spec)`` or ``mse(spec)``.
+    Parameters
+    ----------
+    model : DiffusionModel
+    cfg : CalibrationConfig
+    """
+
+    def __init__(self, model: DiffusionModel, cfg: CalibrationConfig) -> None:
+        self.model, self.cfg = model, cfg
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        """What the float network was called with."""
+        return record_trajectories(self.model, self.cfg.images, self.cfg.steps, self.cfg.seed)
+
+    @cached_property
+    def inputs(self) -> dict[str, RangeObserver]:
+        """What every activation quantizer would see of the float network, by its name, over all time-steps."""
+        return self.observed(self.model.network)
+
+    def observed(self, network: UNet) -> dict[str, RangeObserver]:
+        """The same of another float network that computes the same, and has other layers (split shortcuts)."""
+        states = self.trajectories.at(range(0, self.trajectories.steps, self.cfg.every))
+        return observe(wrap(network)[0], states, self.cfg.seed)
+
+
+def observe(network: UNet, states: States, seed: int) -> dict[str, RangeObserver]:
+    """Push states through a wrapped network and collect what each activation quantizer sees.
 
     Notes
     -----
-    The worker threads record chunks of the batch; the observers see them afterwards, in order, so that
+    The worker threads record chunks of the states; the observers see them afterwards, in order, so that
     what they keep does not depend on timing.
     """
-    _, layers = wrap(model.network)
-    observers = {name: RangeObserver(sample_size=SAMPLE_SIZE, seed=cfg.seed + i) for i, name in enumerate(layers)}
-
-    def eps(x: Images, t: int, step: int) -> Images:
-        recordings = parallel_map(
-            lambda part: _record(model, part, t, step % cfg.every == 0),
-            [x[i : i + CHUNK] for i in range(0, len(x), CHUNK)],
-        )
-        for _, seen in recordings:
+    names = activation_quantizers(network)
+    observers = {name: RangeObserver(sample_size=SAMPLE_SIZE, seed=seed + i) for i, name in enumerate(names)}
+    wave = 4 * CHUNK  # bounds memory: what a wave records is held until the observers have seen it
+    for start in range(0, len(states), wave):
+        stop = min(start + wave, len(states))
+        chunks = [states[i : min(i + CHUNK, stop)] for i in range(start, stop, CHUNK)]
+        for seen in parallel_map(lambda part: record(network, part), chunks):
             for name, value in seen:
                 observers[name].update(value)
-        return np.concatenate([e for e, _ in recordings])
-
-    noise = NoiseSource(cfg.seed, cfg.images, model.image_shape)
-    ddim_sample(eps, noise.draw(), model.schedule, noise, steps=cfg.steps)
     return observers
 
 
-def _record(model: DiffusionModel, x: Images, t: int, watch: bool) -> tuple[Images, list[tuple[str, Images]]]:
-    """Predict the noise in one chunk and, if asked, list every layer's name and input in order of execution."""
-    network, layers = wrap(model.network)
-    seen: list[tuple[str, Images]] = []
-    if watch:
-        for layer in layers.values():
-            layer.watcher = lambda name, value: seen.append((name, value))
-    return model.denoiser(network, chunk=len(x))(x, t, 0), seen
+def record(network: UNet, states: States) -> Seen:
+    """List every activation quantizer's name and input, in order of execution, for one call of the network."""
+    seen: Seen = []
+    own = watched(network, lambda name, value: seen.append((name, value)))
+    with no_grad():
+        own(Tensor(np.ascontiguousarray(states.x.transpose(0, 2, 3, 1))), states.t)
+    return seen

@@ -2,10 +2,12 @@
 
 One safetensors file of kind "quantized" holds it:
 
-    <layer>.codes             weight codes minus qmin, uint8 (O, K), or two to a byte where bits <= 4
-    <layer>.weight_scale, .weight_zero_point     (O,) float32 and int32
-    <layer>.input_scale, .input_zero_point       () float32 and int32
-    <layer>.bias, <norm>.weight, <norm>.bias     float32
+    <layer>.codes                             weight codes minus qmin, uint8 (O, K), or two to a byte where bits <= 4
+    <layer>.weight_scale, .weight_zero_point  (O,) float32 and int32
+    <quantizer>.scale, .zero_point            () float32 and int32, or (S,): one for each step of the sampler
+    <layer>.feature.codes, .scale, .zero_point  (S, C) uint8, (S,), (S,): outputs known beforehand (temporal cache)
+    correction.timesteps, .gain, .mean        (S,), (S,), (S, C) where answers are corrected
+    <layer>.bias, <norm>.weight, <norm>.bias  float32
 
 with K = kh * kw * C, and the recipe (method, bits, calibration, seeds) in the metadata.
 
@@ -14,20 +16,43 @@ Fake quantization only: a layer computes in float32 with weights and inputs that
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import io
-from ..diffusion.denoiser import Denoiser
+from ..diffusion.denoiser import NoisePredictor
 from ..diffusion.model import DiffusionModel, find, frame
-from ..errors import CheckpointError
+from ..diffusion.sampling import Images, timestep_sequence
+from ..errors import CheckpointError, RangeError
 from ..nn.unet import UNet
 from ..ref import pack_int4, unpack_int4
-from .affine import QParams, QSpec
-from .wrap import QuantLayer, wrap
+from .affine import QParams, QSpec, dequantize
+from .correction import Correction
+from .observers import StepTable
+from .split import is_split, split_shortcuts
+from .wrap import ActivationQuantizer, QuantLayer, activation_quantizers, wrap
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureCache:
+    """Quantized outputs of a layer that sees the time-step alone, for each of the sampler's steps.
+
+    Attributes
+    ----------
+    codes : uint8 array, (S, C)
+    table : StepTable
+    """
+
+    codes: NDArray[np.uint8]
+    table: StepTable
+
+    def row(self, step: int) -> NDArray[np.float32]:
+        """The output (C,) at this step."""
+        return dequantize(self.codes[step], self.table[step])
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,33 +69,85 @@ class QuantizedModel:
         By name.
     recipe : dict
         Method, bits, calibration and seeds: everything needed to make it again.
+    features : dict of str to FeatureCache
+        By layer name, for layers that are not run any more.
+    correction : Correction, optional
+    seconds : dict of str to float
+        What each phase of the calibration took. Not in the file: equal recipes give equal bytes.
     """
 
     base: DiffusionModel
     network: UNet
     layers: dict[str, QuantLayer]
     recipe: dict[str, Any]
+    features: dict[str, FeatureCache] = field(default_factory=dict)
+    correction: Correction | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def denoiser(self) -> Denoiser:
-        """Return the noise predictor for samplers."""
-        return self.base.denoiser(self.network)
+    def denoiser(self) -> NoisePredictor:
+        """Return the noise predictor for samplers, which must take the steps that tables were made for.
+
+        Not to be called from two threads at once where there are tables: the step in force belongs to the model.
+        """
+        predict = self.base.denoiser(self.network)
+
+        visited = self.timesteps() if self.has_tables() else None
+
+        def eps(x: Images, t: int, step: int) -> Images:
+            if visited is not None:
+                if not 0 <= step < len(visited) or visited[step] != t:
+                    raise RangeError(
+                        f"step {step}, t = {t} has no row in this model's tables: they are for a sampler of "
+                        f"{len(visited)} steps, t = {visited[0]} to {visited[-1]}. Sample with as many steps."
+                    )
+                self.at_step(step)
+            return predict(x, t, step)
+
+        return eps if self.correction is None else self.correction.applied(eps)
+
+    def has_tables(self) -> bool:
+        """Tell whether anything depends on the sampler's step."""
+        return bool(self.features) or any(q.table is not None for q in self.quantizers().values())
+
+    def at_step(self, step: int) -> None:
+        """Put all tables at this step of the sampler, 0 the noisiest."""
+        for quantizer in self.quantizers().values():
+            quantizer.at_step(step)
+        for name, cache in self.features.items():
+            self.layers[name].row = cache.row(step)
+
+    def timesteps(self) -> NDArray[np.int64]:
+        """Time-steps of the sampler that the model was calibrated for, noisiest first."""
+        steps = self.recipe["calibration"]["steps"]
+        return np.array(timestep_sequence(self.base.schedule.timesteps, steps, "uniform"))
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """All activation quantizers by name, whether set or not."""
+        return activation_quantizers(self.network)
 
     def float_parameters(self) -> dict[str, np.ndarray]:
         """Return what stays float32: normalisations, biases, and weights without a quantizer."""
-        quantized = {f"{name}.weight" for name, layer in self.layers.items() if layer.codes is not None}
-        return {k: v for k, v in self.base.network.state_dict().items() if k not in quantized}
+        dropped = {f"{name}.weight" for name, layer in self.layers.items() if layer.codes is not None}
+        dropped |= {f"{name}.{part}" for name in self.features for part in ("weight", "bias")}
+        return {k: v for k, v in self.base.network.state_dict().items() if k not in dropped}
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return all arrays of the file."""
         out = self.float_parameters()
         for name, layer in self.layers.items():
-            w, x = layer.weight_qparams, layer.input_qparams
-            if layer.codes is not None and w is not None:
+            w = layer.weight_qparams
+            if layer.codes is not None and w is not None and name not in self.features:
                 codes = (layer.codes.astype(np.int16) - w.spec.qmin).astype(np.uint8).reshape(len(layer.codes), -1)
                 out[f"{name}.codes"] = pack_int4(codes) if w.spec.bits <= 4 else codes
                 out[f"{name}.weight_scale"], out[f"{name}.weight_zero_point"] = w.scale, w.zero_point
-            if x is not None:
-                out[f"{name}.input_scale"], out[f"{name}.input_zero_point"] = x.scale, x.zero_point
+        for name, quantizer in self._used().items():
+            q = quantizer.table or quantizer.qparams
+            out[f"{name}.scale"], out[f"{name}.zero_point"] = q.scale, q.zero_point
+        for name, cache in self.features.items():
+            out[f"{name}.feature.codes"] = cache.codes
+            out |= {f"{name}.feature.{key}": value for key, value in cache.table.arrays().items()}
+        if self.correction is not None:
+            out |= {f"correction.{key}": value for key, value in self.correction.arrays().items()}
         return out
 
     def size_bytes(self) -> int:
@@ -80,11 +157,13 @@ class QuantizedModel:
     def save(self, path: Path) -> None:
         """Write the file (see `refquant.io.save` for the errors)."""
         specs = {
-            name: {
-                "weight": asdict(layer.weight_qparams.spec) if layer.weight_qparams else None,
-                "input": asdict(layer.input_qparams.spec) if layer.input_qparams else None,
-            }
-            for name, layer in self.layers.items()
+            "weights": {
+                name: asdict(layer.weight_qparams.spec)
+                for name, layer in self.layers.items()
+                if layer.weight_qparams is not None and name not in self.features
+            },
+            "activations": {n: asdict((q.table or q.qparams).spec) for n, q in self._used().items()},
+            "features": {name: asdict(cache.table.spec) for name, cache in self.features.items()},
         }
         base = self.base
         facts = {
@@ -94,10 +173,16 @@ class QuantizedModel:
             "schedule": base.schedule.name,
             "timesteps": base.schedule.timesteps,
             "prediction": base.prediction,
+            "split": is_split(base.network),
             "recipe": self.recipe,
             "specs": specs,
         }
         io.save(path, self.tensors(), facts)
+
+    def _used(self) -> dict[str, ActivationQuantizer]:
+        """Quantizers that are set and reached; those of layers with known outputs are not."""
+        idle = {self.layers[name].input.name for name in self.features}
+        return {n: q for n, q in self.quantizers().items() if q.qparams is not None and n not in idle}
 
 
 def load_quantized(name: str) -> QuantizedModel:
@@ -106,31 +191,60 @@ def load_quantized(name: str) -> QuantizedModel:
     facts, tensors = found.metadata, dict(found.tensors)
     try:
         base = frame(facts["model"], facts)
-        _, unquantized = wrap(base.network)
-        codes: dict[str, tuple[np.ndarray, QParams]] = {}
-        inputs: dict[str, QParams] = {}
-        for layer, spec in facts["specs"].items():
-            shape = unquantized[layer].layer.weight.shape
-            if spec["weight"] is not None:
-                w = QParams(tensors.pop(f"{layer}.weight_scale"), tensors.pop(f"{layer}.weight_zero_point"),
-                            QSpec(**spec["weight"]))  # fmt: skip
-                stored = tensors.pop(f"{layer}.codes")
-                flat = unpack_int4(stored, int(np.prod(shape[1:]))) if w.spec.bits <= 4 else stored
-                integers = (flat.reshape(shape).astype(np.int16) + w.spec.qmin).astype(w.spec.dtype)
-                codes[layer] = integers, w
-                tensors[f"{layer}.weight"] = np.zeros(shape, np.float32)  # the frame's own weight is not used
-            if spec["input"] is not None:
-                inputs[layer] = QParams(tensors.pop(f"{layer}.input_scale"), tensors.pop(f"{layer}.input_zero_point"),
-                                        QSpec(**spec["input"]))  # fmt: skip
+        if facts["split"]:
+            base = split_shortcuts(base)
+        shapes = {key: p.shape for key, p in base.network.named_parameters()}
+        specs = {group: {k: QSpec(**v) for k, v in facts["specs"][group].items()} for group in facts["specs"]}
+        codes = {layer: _pop_codes(tensors, layer, spec, shapes[f"{layer}.weight"])
+                 for layer, spec in specs["weights"].items()}  # fmt: skip
+        inputs = {key: _pop_quantizer(tensors, key, spec) for key, spec in specs["activations"].items()}
+        features = {}
+        for layer, spec in specs["features"].items():
+            rows = tensors.pop(f"{layer}.feature.codes")
+            table = _pop_quantizer(tensors, f"{layer}.feature", spec)
+            if not isinstance(table, StepTable) or rows.shape != (len(table), shapes[f"{layer}.weight"][0]):
+                raise ValueError(f"{layer}.feature has codes {rows.shape}")
+            if rows.dtype != np.uint8 or rows.max() > spec.qmax:
+                raise ValueError(f"{layer}.feature has codes that are not those of {spec.bits} bits")
+            features[layer] = FeatureCache(rows, table)
+        steps = facts["recipe"]["calibration"]["steps"]
+        tables = [q for q in inputs.values() if isinstance(q, StepTable)] + [f.table for f in features.values()]
+        if any(len(table) != steps for table in tables):
+            raise ValueError(f"tables of {sorted({len(t) for t in tables})} steps for a sampler of {steps}")
+        noted = {k.removeprefix("correction."): tensors.pop(k) for k in list(tensors) if k.startswith("correction.")}
+        correction = Correction(**noted) if noted else None
+        # what is not stored is not used either: the frame's own arrays fill its place
+        unused = [f"{layer}.weight" for layer in codes] + [
+            f"{f}.{part}" for f in features for part in ("weight", "bias")
+        ]
+        if extra := sorted(tensors.keys() & set(unused)):
+            raise ValueError(f"{extra[0]} is there twice, in float and quantized")
+        base.network.load_state_dict({**tensors, **{key: np.zeros(shapes[key], np.float32) for key in unused}})
+        network, layers = wrap(base.network)
+        for layer, (integers, w) in codes.items():
+            layers[layer].set_codes(integers, w)
+        quantizers = activation_quantizers(network)
+        for key, quantizer in inputs.items():
+            quantizers[key].set(quantizer)
+        return QuantizedModel(base, network, layers, facts["recipe"], features, correction)
     except (KeyError, TypeError, ValueError) as problem:
         raise CheckpointError(
             f"{found.path}: its layers and their quantizers do not fit together ({problem}). "
             "Make it again with `refquant quantize`."
         ) from problem
-    base.network.load_state_dict(tensors)
-    network, layers = wrap(base.network)
-    for name_, (integers, w) in codes.items():
-        layers[name_].set_codes(integers, w)
-    for name_, x in inputs.items():
-        layers[name_].input_qparams = x
-    return QuantizedModel(base, network, layers, facts["recipe"])
+
+
+def _pop_codes(
+    tensors: dict[str, NDArray[Any]], layer: str, spec: QSpec, shape: tuple[int, ...]
+) -> tuple[NDArray[np.integer], QParams]:
+    w = QParams(tensors.pop(f"{layer}.weight_scale"), tensors.pop(f"{layer}.weight_zero_point"), spec)
+    stored = tensors.pop(f"{layer}.codes")
+    flat = unpack_int4(stored, int(np.prod(shape[1:]))) if spec.bits <= 4 else stored
+    if stored.ndim != 2 or stored.dtype != np.uint8 or flat.max() > spec.qmax - spec.qmin:
+        raise ValueError(f"{layer} has codes that are not those of {spec.bits} bits")
+    return (flat.reshape(shape).astype(np.int16) + spec.qmin).astype(spec.dtype), w
+
+
+def _pop_quantizer(tensors: dict[str, NDArray[Any]], name: str, spec: QSpec) -> QParams | StepTable:
+    scale, zero_point = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point")
+    return StepTable(scale, zero_point, spec) if scale.ndim else QParams(scale, zero_point, spec)

@@ -35,14 +35,13 @@ from .adaround import (
     rounding_regulariser,
     soft_weight,
 )
-from .losses import reconstruction_loss
+from .losses import fisher_diag, reconstruction_loss
 from .wrap import QuantLayer
 
 Array = NDArray[np.float32]
 Forward = Callable[..., Tensor]
-Loss = Callable[[Tensor, Array], Tensor]
 
-CHUNK = 16  # examples a worker thread differentiates at a time; part of the recipe, as the order of sums is
+CHUNK = 16  # of a mini-batch of 32, half for each of two threads
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,18 @@ class ReconstructionConfig:
     batch : int
         States for each step.
     rate : float
-        Of Adam, constant. From 0, alpha must travel ln 11 = 2.4 to be decided, so that rate * iterations must
-        be well above that.
+        Of Adam, constant. From 0, alpha must travel ln 11 = 2.4 to be decided, so that rate * iterations must be
+        well above that. The papers' 1e-3 goes with 20,000 iterations. With 200, the last up-sampling convolution of
+        the shipped network at 4 bits keeps 0.27 of the error of nearest rounding at a rate of 0.01, 0.18 at 0.03, 0.15
+        at 0.1 and 0.13 at 0.2.
     rounding_weight, warmup : float
         Of the rounding term, and the part of the iterations without it.
     seed : int
     """
 
-    iterations: int = 2500
+    iterations: int = 400
     batch: int = 32
-    rate: float = 1e-3
+    rate: float = 0.2
     rounding_weight: float = 0.01
     warmup: float = 0.2
     seed: int = 0
@@ -95,9 +96,7 @@ class Rounding:
                 raise RangeError(f"{layer.name}: its weight has no quantizer yet. Give it one before its rounding.")
         self.layers, self.weights = tuple(layers), tuple(weights)
         self._qparams = [layer.weight_qparams for layer in layers]
-        self.alpha = np.concatenate(
-            [initial_alpha(w, q).ravel() for w, q in zip(weights, self._qparams, strict=True)]
-        )
+        self.alpha = np.concatenate([initial_alpha(w, q).ravel() for w, q in zip(weights, self._qparams, strict=True)])
         self._parts: list[NDArray[np.float32]] = []
         start = 0
         for w in weights:
@@ -138,7 +137,8 @@ def reconstruct(
     target: Array,
     cfg: ReconstructionConfig,
     *,
-    loss: Loss = reconstruction_loss,
+    importance: Array | None = None,
+    chunk: int = CHUNK,
     on_step: Callable[[], object] | None = None,
 ) -> NDArray[np.float32]:
     """Learn the rounding of `layers` and leave them with the codes found.
@@ -154,8 +154,10 @@ def reconstruct(
     inputs : sequence of float32 array, (M, ...)
     target : float32 array, (M, ...)
     cfg : ReconstructionConfig
-    loss : callable
-        Of output and target on the tape.
+    importance : float32 array, (M, ...), optional
+        Shaped like the target: the squared error is weighted by its square (`losses.fisher_diag`).
+    chunk : int
+        Examples a worker thread differentiates at a time; part of the recipe, as the order of sums is.
     on_step : callable, optional
         Called after each iteration.
 
@@ -185,10 +187,15 @@ def reconstruct(
         _, leaves = rounding.soften()
 
         def differentiate(part: NDArray[np.integer], leaves: list[Parameter] = leaves) -> tuple[float, list[Array]]:
-            value = loss(forward(*(Tensor(x[part]) for x in inputs)), target[part])
+            y = forward(*(Tensor(x[part]) for x in inputs))
+            value = (
+                reconstruction_loss(y, target[part])
+                if importance is None
+                else fisher_diag(y, target[part], importance[part])
+            )
             return value.item(), gradients(value, leaves)
 
-        parts = [chosen[i : i + CHUNK] for i in range(0, batch, CHUNK)]
+        parts = [chosen[i : i + chunk] for i in range(0, batch, chunk)]
         found = parallel_map(differentiate, parts)
         share = [np.float32(len(part) / batch) for part in parts]
         losses[k - 1] = sum(s * value for s, (value, _) in zip(share, found, strict=True))

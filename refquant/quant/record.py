@@ -10,7 +10,7 @@ channels last.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,14 @@ class Trajectories:
         """S."""
         return len(self.t)
 
+    def at(self, steps: Iterable[int]) -> States:
+        """All states of these steps of the sampler, step after step."""
+        index, n = np.fromiter(steps, np.int64), self.x.shape[1]
+        step = np.repeat(index, n)
+        return States(
+            self.x[index].reshape(-1, *self.x.shape[2:]), self.t[step], step, np.tile(np.arange(n), len(index))
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class States:
@@ -58,16 +66,20 @@ class States:
     Attributes
     ----------
     x : float32 array, (M, C, H, W)
-    t, step : int arrays, (M,)
-        Time-step, and index of the sampler's step.
+    t, step, image : int arrays, (M,)
+        Time-step, index of the sampler's step, and which trajectory.
     """
 
     x: Images
     t: NDArray[np.int64]
     step: NDArray[np.int64]
+    image: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.t)
+
+    def __getitem__(self, part: slice | NDArray[np.integer]) -> States:
+        return States(self.x[part], self.t[part], self.step[part], self.image[part])
 
 
 def record_trajectories(model: DiffusionModel, images: int, steps: int, seed: int) -> Trajectories:
@@ -99,7 +111,7 @@ def pick(trajectories: Trajectories, count: int, seed: int, weights: Sequence[fl
     """
     s, n = trajectories.x.shape[:2]
     share = np.ones(s) if weights is None else np.asarray(weights, np.float64)
-    if share.shape != (s,) or not np.isfinite(share).all() or (share < 0).any() or share.sum() == 0:
+    if share.shape != (s,) or not ((share >= 0) & (share < 1e300)).all() or share.sum() == 0:  # sums stay finite
         raise RangeError(f"pick: weights must be {s} numbers from 0, one for each step, and not all 0.")
     if not 1 <= count <= int((share > 0).sum()) * n:
         raise RangeError(
@@ -114,7 +126,7 @@ def pick(trajectories: Trajectories, count: int, seed: int, weights: Sequence[fl
     rng = np.random.default_rng(seed)
     step = np.repeat(np.arange(s), taken)
     image = np.concatenate([rng.permutation(n)[:k] for k in taken])
-    return States(trajectories.x[step, image], trajectories.t[step], step)
+    return States(trajectories.x[step, image], trajectories.t[step], step, image)
 
 
 class _Done(Exception):

@@ -9,7 +9,8 @@ So each part gets a quantizer of its own, and so does the weight's share of each
     w^ = concat(p_0(w[..., :c]), p_1(w[..., c:]))       the last axis of w (O, kh, kw, C)
     y  = conv(x^, w^) + b
 
-The output is that of two convolutions with one scale each, added up: an integer kernel runs them one by one.
+The output is that of two convolutions with one scale each, added up: an integer kernel runs them one by one. So
+`split_shortcuts` makes two layers of such a layer, and everything that handles layers handles them, too.
 
 Source: q-diffusion ``qdiff/quant_layer.py`` (``QuantModule.forward``), TFMQ-DM ``quant/quant_layer.py:310-340``.
 Only the 1x1 shortcut is split. The 3x3 convolution beside it sees the concatenation after a group
@@ -20,16 +21,67 @@ Errors: ``ShapeError`` where the split leaves one of the parts empty.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..autograd import Tensor, ops
+from ..diffusion.model import DiffusionModel
 from ..errors import ShapeError
+from ..nn.layers import Conv2d
+from ..nn.module import Module, Parameter
+from ..nn.unet import ResBlock, UNet
 from .affine import QParams, fake_quantize
+from .wrap import rebuild
 
 Parts = tuple[QParams, QParams]
+
+
+class SplitConv(Module):
+    """A 1x1 convolution of concat(h, skip) as the sum of two, one for each part; the first one has the bias."""
+
+    def __init__(self, conv: Conv2d, channels: int) -> None:
+        w = conv.weight.data
+        self.channels = channels
+        self.part = [_like(conv, part, bias) for part, bias in zip(_parts(w, channels), (1, 0), strict=True)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply both parts to x (N, H, W, C) and add."""
+        first, second = self.part
+        h, skip = ops.split(x, self.channels)
+        return ops.add(first(h), second(skip))
+
+
+def split_shortcuts(model: DiffusionModel) -> DiffusionModel:
+    """Return a model that computes the same, up to float sums, with the shortcuts of its up path split in two."""
+    network, at = model.network, {}
+    here = network.mid.block_2.conv2.weight.shape[0]
+    for i in reversed(range(len(network.up))):
+        for j, block in enumerate(network.up[i].block):
+            at[f"up.{i}.block.{j}.nin_shortcut"] = here
+            here = block.conv2.weight.shape[0]
+
+    def split(name: str, node: Module) -> Module | None:
+        return SplitConv(node, at[name]) if name in at and isinstance(node, Conv2d) else None
+
+    return replace(model, network=rebuild(network, split))
+
+
+def is_split(network: UNet) -> bool:
+    """Tell whether `split_shortcuts` made this network."""
+    blocks = [m for _, m in network.named_modules() if isinstance(m, ResBlock)]
+    return any(isinstance(getattr(block, "nin_shortcut", None), SplitConv) for block in blocks)
+
+
+def _like(conv: Conv2d, weight: NDArray[Any], bias: int) -> Conv2d:
+    twin = copy.copy(conv)
+    twin.weight = Parameter(np.ascontiguousarray(weight))
+    twin.bias = Parameter(conv.bias.data * np.float32(bias))
+    return twin
 
 
 def observe_split(x: NDArray[Any], channels: int, observer: Callable[[NDArray[Any]], QParams]) -> Parts:

@@ -19,7 +19,7 @@ from ..autograd import Tensor, no_grad
 from ..errors import ShapeError, UnknownNameError
 from ..nn.module import Module
 from ..nn.unet import AttentionBlock, ResBlock, UNet
-from .wrap import QuantLayer, wrap
+from .wrap import QuantLayer, watched, wrap
 
 BLOCKS = (ResBlock, AttentionBlock)
 ORDERS = ("execution", "registration")
@@ -66,7 +66,7 @@ def find_units(
         raise UnknownNameError(f"no order of units is called {order!r}. Known: {', '.join(ORDERS)}.")
     blocks = {name: module for name, module in network.named_modules() if isinstance(module, BLOCKS)}
     owner = {name: next((b for b in blocks if name.startswith(b + ".")), name) for name in layers}
-    names = layers if order == "registration" else _execution_order(network, layers)
+    names = layers if order == "registration" else _execution_order(network)
     units: dict[str, list[QuantLayer]] = {}
     for name in names:
         if name not in without:
@@ -82,8 +82,9 @@ def temporal_layers(network: UNet) -> list[str]:
     ShapeError
         There is none: the network has no time embedding.
     """
-    first, second = (_inputs(network, seed) for seed in (0, 1))
-    found = [name for name in first if np.array_equal(first[name], second[name])]
+    wrapped = wrap(network)[0]
+    first, second = (_inputs(wrapped, seed) for seed in (0, 1))
+    found = [name for (name, a), (_, b) in zip(first, second, strict=True) if np.array_equal(a, b)]
     if not found:
         raise ShapeError(
             "this network has no layer that sees the time-step alone; methods that maintain temporal features "
@@ -92,31 +93,22 @@ def temporal_layers(network: UNet) -> list[str]:
     return found
 
 
-def _execution_order(network: UNet, layers: dict[str, QuantLayer]) -> list[str]:
-    seen: list[str] = []
-    watchers = {name: layer.watcher for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.watcher = lambda name, value: seen.append(name)
-    try:
-        _forward(network, seed=0)
-    finally:
-        for name, layer in layers.items():
-            layer.watcher = watchers[name]
-    return seen
+def _execution_order(network: UNet) -> list[str]:
+    """Names of the layers of a wrapped network in the order in which they run."""
+    return [name for name, _ in _inputs(network, seed=0)]
 
 
-def _inputs(network: UNet, seed: int) -> dict[str, np.ndarray]:
-    """Input of every layer for one random image; t is the same for every seed."""
-    wrapped, layers = wrap(network)
-    seen: dict[str, np.ndarray] = {}
-    for layer in layers.values():
-        layer.watcher = lambda name, value: seen.__setitem__(name, value)
-    _forward(wrapped, seed)
-    return seen
+def _inputs(network: UNet, seed: int) -> list[tuple[str, np.ndarray]]:
+    """Every layer's name and input, in order of execution, for one random image; t is the same for every seed."""
+    cfg, seen = network.cfg, []
 
+    def see(name: str, value: np.ndarray) -> None:
+        layer, _, part = name.rpartition(".")
+        if part == "input":
+            seen.append((layer, value))
 
-def _forward(network: UNet, seed: int) -> None:
-    cfg = network.cfg
     shape = (1, cfg.image_size, cfg.image_size, cfg.image_channels)
     with no_grad():
-        network(Tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)), np.array([1]))
+        image = Tensor(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+        watched(network, see)(image, np.array([1]))
+    return seen

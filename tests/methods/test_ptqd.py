@@ -1,22 +1,23 @@
 """PTQD: planted noise is found and taken out, no noise changes nothing, the variance adds up."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from toys import Replay
+from toys import Replay, tiny_session
 
 import refquant.quant.methods.ptqd as method
 from refquant import io
 from refquant.diffusion.ddim import ddim_sample, ddim_sigma
-from refquant.diffusion.model import DiffusionModel
 from refquant.diffusion.sampling import NoiseSource
-from refquant.diffusion.schedule import Schedule, cosine
+from refquant.diffusion.schedule import Schedule
 from refquant.errors import RangeError, ShapeError, UnknownNameError
-from refquant.nn.unet import UNet, UNetConfig
+from refquant.quant.affine import QParams
 from refquant.quant.calibrate import CalibrationConfig
+from refquant.quant.methods import METHODS
 from refquant.quant.methods.ptqd import (
     NoiseStatistics,
     corrected,
@@ -25,18 +26,10 @@ from refquant.quant.methods.ptqd import (
     noise_statistics,
     ptqd_ddim_sample,
 )
+from refquant.quant.quantized import load_quantized
 
-STEPS, T = 6, 20
+STEPS = 6
 CALIBRATION = CalibrationConfig(images=3, steps=STEPS, seed=2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    rng = np.random.default_rng(0)
-    network = UNet(UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0), rng)
-    for p in network.parameters():
-        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
-    return DiffusionModel("tiny", network, cosine(T))
 
 
 def statistics(k=0.0, mean=0.0, std=0.0, channels=1, steps=STEPS, spacing=3):
@@ -293,6 +286,42 @@ def test_the_float_model_has_no_quantization_noise(model):
     measured = measure_noise(model, model.denoiser(), CALIBRATION)
     for name in ("k", "mean", "std"):
         np.testing.assert_array_equal(measured.arrays()[name], 0)
+
+
+# ------------------------------------------------------------------ the correction that a model keeps
+
+
+@pytest.fixture
+def nearest(calibration):
+    return METHODS["nearest"](tiny_session(calibration, weight_bits=3))
+
+
+@pytest.mark.parametrize("bias", ["raw", "residual"])
+def test_correct_keeps_what_was_measured(model, nearest, bias, tmp_path):
+    """gain, mean and time-steps are `measure_noise`'s; answers those of `corrected`, also after a file and back."""
+    last = nearest.layers["conv_out"]
+    louder = QParams(last.weight_qparams.scale * 1.25, last.weight_qparams.zero_point, last.weight_qparams.spec)
+    last.set_codes(last.codes, louder)
+    cfg = CalibrationConfig(images=2, steps=4, seed=9)
+    made, measured = method.correct(nearest, cfg, bias=bias), measure_noise(model, nearest.denoiser(), cfg, bias=bias)
+    assert measured.gain.max() > 1  # or the test would not see it
+    for name, want in (("gain", measured.gain), ("mean", measured.mean), ("timesteps", measured.timesteps)):
+        np.testing.assert_array_equal(getattr(made.correction, name), want)
+    made.save(tmp_path / "q")
+    back, want = load_quantized(str(tmp_path / "q")), corrected(nearest.denoiser(), measured)
+    x = np.random.default_rng(0).standard_normal((2, *model.image_shape), dtype=np.float32)
+    for step, t in enumerate(made.timesteps()):
+        np.testing.assert_array_equal(made.denoiser()(x, int(t), step), want(x, int(t), step))
+        np.testing.assert_array_equal(back.denoiser()(x, int(t), step), want(x, int(t), step))
+    assert made.layers is nearest.layers and made.recipe["method"] == "ptqd" and nearest.correction is None
+
+
+def test_the_method_measures_on_other_trajectories(calibration, nearest):
+    """Seed + 1: not those that the rounding was fitted to."""
+    made = METHODS["ptqd"](tiny_session(calibration, weight_bits=3), on="nearest", images=2)
+    cfg = replace(calibration.cfg, images=2, seed=calibration.cfg.seed + 1)
+    np.testing.assert_array_equal(made.correction.mean, method.correct(nearest, cfg).correction.mean)
+    assert made.recipe["options"] == {"search": "mse", "on": "nearest", "bias": "raw", "noise": cfg.to_json()}
 
 
 # ------------------------------------------------------------------ files, edges and bad input

@@ -5,16 +5,14 @@ import time
 import numpy as np
 import pytest
 from asserts import assert_same_integers
+from toys import tiny_session
 
 from refquant.diffusion.denoiser import Denoiser
-from refquant.diffusion.model import DiffusionModel
-from refquant.diffusion.schedule import cosine
 from refquant.errors import RangeError, ShapeError, UnknownNameError
-from refquant.nn.unet import UNet, UNetConfig
 from refquant.quant.affine import dequantize
-from refquant.quant.calibrate import CalibrationConfig, observe_inputs
-from refquant.quant.methods.nearest import quantize_nearest
-from refquant.quant.methods.squant import ACTIVATIONS, MODES, quantize_squant, sigma_range, squant
+from refquant.quant.calibrate import Calibration, CalibrationConfig
+from refquant.quant.methods import METHODS
+from refquant.quant.methods.squant import ACTIVATIONS, MODES, sigma_range, squant
 from refquant.quant.quantized import load_quantized
 
 # ------------------------------------------------------------------ weights
@@ -105,48 +103,42 @@ def test_sigma_range_refuses(x, sigma):
 
 # ------------------------------------------------------------------ whole models
 
-CALIBRATION = CalibrationConfig(images=1, steps=4, every=2)  # one sample is enough to be defined
-
 
 @pytest.fixture(scope="module")
-def model():
-    rng = np.random.default_rng(0)
-    network = UNet(UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0), rng)
-    for p in network.parameters():
-        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
-    return DiffusionModel("tiny", network, cosine(20))
+def calibration(model):
+    return Calibration(model, CalibrationConfig(images=1, steps=4, every=2))  # one sample is enough to be defined
 
 
-@pytest.fixture(scope="module")
-def inputs(model):
-    return observe_inputs(model, CALIBRATION)
+def quantized(calibration, method="squant", bits=(8, 8), **options):
+    return METHODS[method](tiny_session(calibration, weight_bits=bits[0], input_bits=bits[1]), **options)
 
 
-def test_model_has_the_codes_of_squant_and_the_activations_of_nearest(model, inputs):
+def test_model_has_the_codes_of_squant_and_the_activations_of_nearest(model, calibration):
     before = {k: v.copy() for k, v in model.network.state_dict().items()}
-    q = quantize_squant(model, inputs, CALIBRATION, weight_bits=4, mode="full")
-    nearest = quantize_nearest(model, inputs, CALIBRATION, weight_bits=4)
+    q = quantized(calibration, bits=(4, 8), mode="full")
+    nearest = quantized(calibration, "nearest", (4, 8))
     assert q.layers.keys() == nearest.layers.keys()
     for name, layer in q.layers.items():
         assert_same_integers(layer.codes, squant(before[f"{name}.weight"], 4)[0])
-        assert layer.input_qparams.scale == nearest.layers[name].input_qparams.scale
-        assert layer.input_qparams.zero_point == nearest.layers[name].input_qparams.zero_point
+    for name, quantizer in q.quantizers().items():
+        assert quantizer.qparams.scale == nearest.quantizers()[name].qparams.scale
+        assert quantizer.qparams.zero_point == nearest.quantizers()[name].qparams.zero_point
     for name, array in model.network.state_dict().items():
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_sigma_activations_are_those_of_the_observed_sample(model, inputs):
-    q = quantize_squant(model, inputs, CALIBRATION, activations="sigma", sigma=9.0)
-    for name, layer in q.layers.items():
-        lo, hi = sigma_range(inputs[name].sample, 8, 9.0)
-        np.testing.assert_allclose(layer.input_qparams.scale, (hi - lo) / 255, rtol=1e-6)
-    assert q.recipe["activations"] == "sigma" and q.recipe["sigma"] == 9.0
-    assert "sigma" not in quantize_squant(model, inputs, CALIBRATION).recipe
+def test_sigma_activations_are_those_of_the_observed_sample(model, calibration):
+    q = quantized(calibration, activations="sigma", sigma=9.0)
+    for name, quantizer in q.quantizers().items():
+        lo, hi = sigma_range(calibration.inputs[name].sample, 8, 9.0)
+        np.testing.assert_allclose(quantizer.qparams.scale, (hi - lo) / 255, rtol=1e-6)
+    assert q.recipe["options"]["activations"] == "sigma" and q.recipe["options"]["sigma"] == 9.0
+    assert quantized(calibration).recipe["options"]["sigma"] is None
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_file_and_back(model, inputs, tmp_path, activations):
-    q = quantize_squant(model, inputs, CALIBRATION, weight_bits=3, input_bits=6, activations=activations)
+def test_file_and_back(model, calibration, tmp_path, activations):
+    q = quantized(calibration, bits=(3, 6), activations=activations)
     q.save(tmp_path / "q.safetensors")
     back = load_quantized(str(tmp_path / "q.safetensors"))
     x = np.random.default_rng(1).standard_normal((2, *model.image_shape), dtype=np.float32)
@@ -154,14 +146,14 @@ def test_file_and_back(model, inputs, tmp_path, activations):
     assert back.recipe == q.recipe and np.isfinite(q.denoiser()(x, 3, 0)).all()
 
 
-def test_eight_bits_are_close(model, inputs):
+def test_eight_bits_are_close(model, calibration):
     x = np.random.default_rng(1).standard_normal((2, *model.image_shape), dtype=np.float32)
     y = Denoiser(model.network)(x, 3, 0)
-    q = quantize_squant(model, inputs, CALIBRATION)
+    q = quantized(calibration)
     # 1.7 % here: one calibration image sees ranges that others go beyond
     assert np.mean((q.denoiser()(x, 3, 0) - y) ** 2) < 0.05 * np.mean(y**2)
 
 
-def test_unknown_activations_are_refused(model, inputs):
+def test_unknown_activations_are_refused(model, calibration):
     with pytest.raises(UnknownNameError, match="mse, minmax, sigma"):
-        quantize_squant(model, inputs, CALIBRATION, activations="percentile")
+        quantized(calibration, activations="percentile")

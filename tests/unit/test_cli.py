@@ -7,14 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toys import TINY, tiny_model
 
+import refquant.commands.demo
+import refquant.commands.train
 from refquant import cli, io
-from refquant.diffusion.model import DiffusionModel, asset_names
-from refquant.diffusion.schedule import cosine
-from refquant.nn.unet import UNet, UNetConfig
+from refquant.diffusion.model import asset_names
+from refquant.nn.unet import CONFIGS, UNetConfig
 from refquant.viz import read_png_text
 
-TINY = UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0)
 shipped = pytest.mark.skipif(
     not {"mnist-unet", "mnist-classifier"} <= set(asset_names()), reason="no checkpoints in refquant/assets"
 )
@@ -23,12 +24,8 @@ shipped = pytest.mark.skipif(
 @pytest.fixture
 def tiny(tmp_path):
     """Path of a tiny float model with random weights."""
-    rng = np.random.default_rng(0)
-    network = UNet(TINY, rng)
-    for p in network.parameters():
-        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
     path = tmp_path / "tiny.safetensors"
-    DiffusionModel("tiny", network, cosine(20)).save(path)
+    tiny_model().save(path)
     return path
 
 
@@ -117,17 +114,57 @@ def test_train_writes_what_sample_reads(run):
     assert code == 0 and json.loads(Path("m.json").read_text())["data"] == "shapes"
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """The name of a network that learns in no time, of images as large as the shapes."""
+    monkeypatch.setitem(CONFIGS, "small", UNetConfig(28, 1, 8, (1,), 1, (), 4, 0.0))
+    return "small"
+
+
+def test_train_goes_on_from_another_model(run, small, monkeypatch):
+    """--start brings weights, schedule and prediction along, and is remembered by the checksum of its arrays."""
+    options = ("--data", "shapes", "--batch", 4, "--chunk", 2)
+    first = ("--steps", 2, "--schedule", "linear", "--timesteps", 50, "--prediction", "v", "--out", "a.safetensors")
+    assert run("train", small, *options, *first)[0] == 0
+    told, original = [], refquant.commands.train.train
+    monkeypatch.setattr(
+        refquant.commands.train, "train", lambda *a, **k: (told.append((k["start"], k["shift"])), original(*a, **k))[1]
+    )
+    again = ("--steps", 3, "--rate", 1e-9, "--shift", 3, "--start", "a.safetensors", "--out", "b.safetensors")
+    assert run("train", small, *options, *again)[0] == 0
+    a, b = io.load("a.safetensors"), io.load("b.safetensors")
+    for name, array in a.tensors.items():
+        np.testing.assert_allclose(b.tensors[name], array, atol=1e-7)  # three steps of 1e-9
+    facts = b.metadata
+    assert facts["start"] == a.metadata["data_sha256"] and told == [(facts["start"], 3.0)]
+    assert (facts["schedule"], facts["timesteps"], facts["prediction"], facts["shift"]) == ("linear", 50, "v", 3.0)
+    assert facts["images_seen"] == 4 * 2 + 4 * 3 and "start" not in a.metadata
+    other = ("--steps", 1, "--start", "a.safetensors", "--prediction", "eps", "--out", "c.safetensors")
+    assert run("train", small, *options, *other)[0] == 0
+    assert io.load("c.safetensors").metadata["prediction"] == "eps"
+
+
+def test_train_refuses_to_start_from_another_network(run, small, tiny):
+    assert refused(run("train", small, "--data", "shapes", "--start", tiny), "is not a small", "it has")
+    assert refused(run("train", small, "--data", "shapes", "--start", "no-such-model"), "no-such-model")
+
+
 def test_info_describes_the_installation(run):
     code, out, _ = run("info")
     assert code == 0 and "numpy" in out and "blas" in out and "kernel in use" in out
 
 
 @shipped
-def test_demo_prints_a_table_and_writes_a_picture(run):
-    code, out, _ = run("demo", "-n", 2, "--steps", 2, "--out", "d.png", "--json", "d.json")
+def test_demo_prints_a_table_and_writes_a_picture(run, monkeypatch):
+    """With less calibration than it has by default."""
+    monkeypatch.setattr(refquant.commands.demo, "IMAGES", 2)
+    monkeypatch.setattr(refquant.commands.demo, "STATES", 2)
+    options = ("-n", 2, "--steps", 2, "--iterations", 1, "--out", "d.png", "--json", "d.json")
+    code, out, _ = run("demo", *options)
     assert code == 0
     rows = json.loads(Path("d.json").read_text())["rows"]
-    assert [r["bits"] for r in rows] == ["W32A32", "W8A8", "W4A8"]
+    assert [r["bits"] for r in rows] == ["W32A32", "W8A8", "W4A8", "W4A8", "W4A8"]
+    assert [r["method"] for r in rows] == ["float32", "nearest", "nearest", "brecq", "tfmq"]
     sizes = [r["size_mb"] for r in rows]
     assert sizes[0] > 3.5 * sizes[1] and sizes[1] > 1.6 * sizes[2]
     assert rows[1]["psnr_db"] > rows[2]["psnr_db"] > 0
@@ -175,7 +212,16 @@ def test_numbers_and_paths_out_of_range(run, tiny, arguments, words):
 
 @pytest.mark.parametrize(
     "option, value",
-    [("--steps", 0), ("--batch", 0), ("--rate", 0), ("--warmup", -1), ("--decay", -1), ("--average", 1)],
+    [
+        ("--steps", 0),
+        ("--batch", 0),
+        ("--rate", 0),
+        ("--warmup", -1),
+        ("--decay", -1),
+        ("--average", 1),
+        ("--shift", 0),
+        ("--shift", -3),
+    ],
 )
 def test_recipes_that_cannot_train(run, option, value):
     assert refused(run("train", "--data", "shapes", option, value), f"{option[2:]} is {value}", "it must be")
@@ -183,8 +229,10 @@ def test_recipes_that_cannot_train(run, option, value):
 
 
 def test_bits_out_of_range(run, tiny):
-    assert refused(run("quantize", tiny, "--weight-bits", 1, "--images", 1, "--steps", 1), "bits=1", "2 to 8")
-    assert refused(run("quantize", tiny, "--input-bits", 9, "--images", 1, "--steps", 1), "bits=9", "2 to 8")
+    assert refused(
+        run("quantize", tiny, "--weight-bits", 1, "--images", 1, "--steps", 1), "weight bits are 1", "2 to 8"
+    )
+    assert refused(run("quantize", tiny, "--input-bits", 9, "--images", 1, "--steps", 1), "input bits are 9", "2 to 8")
 
 
 def test_damaged_checkpoints(run, tiny):

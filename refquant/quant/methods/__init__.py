@@ -1,1 +1,54 @@
-"""Methods of post-training quantization, one file a paper. None of them imports another."""
+"""Methods of post-training quantization, one file a paper. They share the toolbox and do not know each other.
+
+`METHODS` lists them by name: ``METHODS[name](session, **options)`` gives a `QuantizedModel`. PTQD corrects what
+another method made, so it is put together here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ...errors import UnknownNameError
+from ..quantized import QuantizedModel
+from ..session import Session
+from . import brecq, importance, nearest, ptq4dm, ptqd, qdiffusion, squant, tfmq
+
+
+def quantize_ptqd(session: Session, *, on: str = "brecq", bias: str = "raw", images: int = 32) -> QuantizedModel:
+    """Quantize by the method `on`, then measure the noise of its answers and correct it (see `ptqd`)."""
+    if on == "ptqd":
+        raise UnknownNameError("PTQD corrects another method: choose on=brecq, nearest, tfmq, ...")
+    if bias not in ptqd.BIASES:
+        raise UnknownNameError(f"PTQD knows no bias {bias!r}. Known: {', '.join(ptqd.BIASES)}.")
+    cfg = session.calibration.cfg
+    made = method(on)(session)
+    # other trajectories than those that the rounding was fitted to
+    return ptqd.correct(made, replace(cfg, images=images, seed=cfg.seed + 1), bias=bias)
+
+
+METHODS: dict[str, Callable[..., QuantizedModel]] = {
+    "nearest": nearest.quantize,
+    "squant": squant.quantize,
+    "ptq4dm": ptq4dm.quantize,
+    "brecq": brecq.quantize,
+    "importance": importance.quantize,
+    "qdiffusion": qdiffusion.quantize,
+    "ptqd": quantize_ptqd,
+    "tfmq": tfmq.quantize,
+}
+
+
+def method(name: str) -> Callable[..., QuantizedModel]:
+    """Return the method of that name; UnknownNameError lists the names there are."""
+    if name not in METHODS:
+        raise UnknownNameError(f"no method is called {name!r}. Known: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """Options of a method with their defaults."""
+    parameters = list(inspect.signature(method(name)).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}

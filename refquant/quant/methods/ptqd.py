@@ -16,13 +16,13 @@ the network has already added some:
 with max(k, 0) for k throughout. No weight changes: it goes on top of any method. With eta = 0 all of it is
 a wrapper around the noise predictor, `corrected`, and any sampler takes that.
 
-    paper                                 function here                 authors' code (ziplab/PTQD 84a120a)
-    eps and D along float trajectories    `measure_noise`               ldm/models/diffusion/ddim.py, collectQuantError
-    k: slope of D on eps                  `noise_statistics`            quant_scripts/analyze_error.py:36-61
-    mu: bias of each channel              `noise_statistics`            quant_scripts/analyze_error.py:10-33
-    sigma_q: spread of the residual       `noise_statistics`            quant_scripts/analyze_error.py:63-87
-    correlated noise, bias correction     `corrected`                   ldm/models/diffusion/ddim.py:438-463
-    variance schedule calibration         `absorb`, `ptqd_ddim_sample`  ldm/models/diffusion/ddim.py:611-666
+    paper                               function here                 authors' code (ziplab/PTQD 84a120a)
+    eps and D along float trajectories  `measure_noise`               ldm/models/diffusion/ddim.py, collectQuantError
+    k: slope of D on eps                `noise_statistics`            quant_scripts/analyze_error.py:36-61
+    mu: bias of each channel            `noise_statistics`            quant_scripts/analyze_error.py:10-33
+    sigma_q: spread of the residual     `noise_statistics`            quant_scripts/analyze_error.py:63-87
+    correlated noise, bias correction   `corrected`                   ldm/models/diffusion/ddim.py:438-463
+    variance schedule calibration       `absorb`, `ptqd_ddim_sample`  ldm/models/diffusion/ddim.py:611-666
 
 Where we differ and why.
 
@@ -40,21 +40,23 @@ Where we differ and why.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...diffusion.ddim import ddim_sample, ddim_sigma
-from ...diffusion.ddpm import predict_x_0
+from ...diffusion.ddim import ddim_sample, ddim_sigma, ddim_step
 from ...diffusion.denoiser import NoisePredictor
 from ...diffusion.model import DiffusionModel
 from ...diffusion.sampling import Callback, Images, NoiseSource, StepState, with_previous
 from ...diffusion.schedule import Schedule
 from ...errors import RangeError, ShapeError, UnknownNameError
 from ..calibrate import CalibrationConfig
+from ..correction import Correction
+from ..quantized import QuantizedModel
 
 BIASES = ("raw", "residual")
 
@@ -94,6 +96,10 @@ class NoiseStatistics:
     def gain(self) -> Float64:
         """1 + max(k, 0), (S,): by how much the correlated part enlarges the answer."""
         return 1 + np.maximum(self.k, 0)
+
+    def correction(self) -> Correction:
+        """What a quantized model keeps of this: gain and mean."""
+        return Correction(self.timesteps, self.gain, self.mean)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return what a checkpoint holds; `from_arrays` is the way back."""
@@ -203,20 +209,32 @@ def corrected(eps: NoisePredictor, statistics: NoiseStatistics) -> NoisePredicto
     NoisePredictor
         For a sampler that visits the time-steps at which the noise was measured; RangeError from any other.
     """
+    return statistics.correction().applied(eps)
 
-    def predict(x: Images, t: int, step: int) -> Images:
-        steps, channels = statistics.mean.shape
-        if not 0 <= step < steps or statistics.timesteps[step] != t:
-            raise RangeError(
-                f"the noise at step {step}, t = {t} was not measured: the {steps} steps of these statistics are "
-                f"t = {statistics.timesteps[0]} to {statistics.timesteps[-1]}. Sample with those, or measure again."
-            )
-        if x.shape[1] != channels:
-            raise ShapeError(f"images {x.shape} have {x.shape[1]} channels, the noise was measured for {channels}.")
-        mean = statistics.mean[step].astype(x.dtype).reshape(1, -1, 1, 1)
-        return (eps(x, t, step) - mean) / x.dtype.type(statistics.gain[step])
 
-    return predict
+def correct(quantized: QuantizedModel, cfg: CalibrationConfig, *, bias: str = "raw") -> QuantizedModel:
+    """Return the same quantized model with its answers corrected, whatever method made it.
+
+    Parameters
+    ----------
+    quantized : QuantizedModel
+        Without a correction; its float original must be at hand (made now, not loaded).
+    cfg : CalibrationConfig
+        Trajectories on which the noise is measured. Their seed should be another than that of the calibration,
+        or the noise is measured on what was fitted.
+    bias : {"raw", "residual"}
+
+    Returns
+    -------
+    QuantizedModel
+    """
+    began = time.perf_counter()
+    statistics = measure_noise(quantized.base, quantized.denoiser(), cfg, bias=bias)
+    recipe = quantized.recipe
+    options = {**recipe["options"], "on": recipe["method"], "bias": bias, "noise": cfg.to_json()}
+    seconds = {**quantized.seconds, "noise": time.perf_counter() - began}
+    recipe = {**recipe, "method": "ptqd", "options": options}
+    return replace(quantized, recipe=recipe, correction=statistics.correction(), seconds=seconds)
 
 
 def absorb(sigma: float, sigma_q: float, ab: float, ab_after: float) -> float:
@@ -287,10 +305,3 @@ def ptqd_ddim_sample(
         if callback is not None:
             callback(StepState(step, steps, t, x, x_0, e))
     return x
-
-
-def ddim_step(x: Images, eps: Images, ab: float, ab_after: float, sigma: float, clip: bool) -> tuple[Images, Images]:
-    """One step of DDIM (Song et al. 2021, eq. 12) with any sigma: x_{t'} before its noise, and the clean image."""
-    x_0 = predict_x_0(x, eps, ab, clip)
-    direction = (x - np.float32(np.sqrt(ab)) * x_0) / np.float32(np.sqrt(1 - ab)) if clip else eps
-    return np.float32(np.sqrt(ab_after)) * x_0 + np.float32(np.sqrt(1 - ab_after - sigma**2)) * direction, x_0

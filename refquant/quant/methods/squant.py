@@ -45,15 +45,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ...diffusion.model import DiffusionModel
 from ...errors import RangeError, ShapeError, UnknownNameError
 from ...intmath import IntArray, round_half_even, saturate
 from ...threads import parallel_map
 from ..affine import QParams, QSpec
-from ..calibrate import CalibrationConfig
-from ..observers import RangeObserver, from_range
+from ..observers import from_range
 from ..quantized import QuantizedModel
-from ..wrap import QuantLayer, wrap
+from ..session import Session
+from ..wrap import QuantLayer, activation_quantizers
 
 MODES = ("e", "k", "c", "full")
 ACTIVATIONS = ("mse", "minmax", "sigma")
@@ -231,28 +230,12 @@ def sigma_range(x: ArrayLike, bits: int, sigma: float) -> tuple[float, float]:
     return (-alpha if signed else 0.0), alpha
 
 
-def quantize_squant(
-    model: DiffusionModel,
-    inputs: dict[str, RangeObserver],
-    cfg: CalibrationConfig,
-    *,
-    weight_bits: int = 8,
-    input_bits: int = 8,
-    mode: str = "full",
-    activations: str = "mse",
-    sigma: float = 12.0,
-) -> QuantizedModel:
+def quantize(session: Session, *, mode: str = "full", activations: str = "mse", sigma: float = 12.0) -> QuantizedModel:
     """Round weights by SQuant; activations to the nearest code, with one scale for all time-steps.
 
     Parameters
     ----------
-    model : DiffusionModel
-    inputs : dict of str to RangeObserver
-        What `refquant.quant.calibrate.observe_inputs` saw.
-    cfg : CalibrationConfig
-        How it was made, for the recipe.
-    weight_bits, input_bits : int
-        2 to 8.
+    session : Session
     mode : {"e", "k", "c", "full"}
         Stages of the weights, see `squant`.
     activations : {"mse", "minmax", "sigma"}
@@ -265,30 +248,24 @@ def quantize_squant(
     -------
     QuantizedModel
     """
+    if mode not in MODES:
+        raise UnknownNameError(f"SQuant has no mode {mode!r}. Known: {', '.join(MODES)}.")
     if activations not in ACTIVATIONS:
         raise UnknownNameError(f"no activation range is called {activations!r}. Known: {', '.join(ACTIVATIONS)}.")
-    input_spec = QSpec(input_bits, signed=False, symmetric=False)
-    network, layers = wrap(model.network)
+    run = session.start("squant", mode=mode, activations=activations, sigma=sigma if activations == "sigma" else None)
 
-    def quantize(layer: QuantLayer) -> None:
-        layer.set_codes(*squant(layer.layer.weight.data, weight_bits, mode))
-        seen = inputs[layer.name]
-        if activations == "mse":
-            layer.input_qparams = seen.mse(input_spec)
-        elif activations == "minmax":
-            layer.input_qparams = seen.minmax(input_spec)
-        else:
-            layer.input_qparams = from_range(*sigma_range(seen.sample, input_bits, sigma), input_spec)
+    def round_weight(layer: QuantLayer) -> None:
+        spec = run.coverage.weight_spec(layer.name, session.weight_bits)
+        if spec is not None:
+            layer.set_codes(*squant(layer.layer.weight.data, spec.bits, mode))
 
-    parallel_map(quantize, layers.values())
-    recipe = {
-        "method": "squant",
-        "weight_bits": weight_bits,
-        "input_bits": input_bits,
-        "mode": mode,
-        "activations": activations,
-        **({"sigma": sigma} if activations == "sigma" else {}),
-        "calibration": cfg.to_json(),
-        "coverage": "all convolutions and linear layers; attention products and normalisations stay float",
-    }
-    return QuantizedModel(model, network, layers, recipe)
+    with run.phase("weights"):
+        parallel_map(round_weight, run.layers.values())
+    if activations != "sigma":
+        run.shared_inputs(activations)
+        return run.finish()
+    quantizers, seen = activation_quantizers(run.network), session.calibration.inputs
+    for name, spec in run.input_specs().items():
+        lo, hi = sigma_range(seen[name].sample, spec.bits, sigma)
+        quantizers[name].set(from_range(0.0 if spec.symmetric else lo, hi, spec))
+    return run.finish()

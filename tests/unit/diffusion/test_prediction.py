@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from toys import TINY, tiny_session
 
 from refquant import io
 from refquant.autograd import Tensor
@@ -14,13 +15,12 @@ from refquant.diffusion.schedule import cosine
 from refquant.diffusion.train import noisy_chunks
 from refquant.errors import CheckpointError, UnknownNameError
 from refquant.nn.fit import FitConfig
-from refquant.nn.unet import UNet, UNetConfig
-from refquant.quant.calibrate import CalibrationConfig, observe_inputs
-from refquant.quant.methods.nearest import quantize_nearest
+from refquant.nn.unet import UNet
+from refquant.quant.calibrate import CalibrationConfig
+from refquant.quant.methods import METHODS
 from refquant.quant.quantized import load_quantized
 
 SCHEDULE = cosine(1000)
-TINY = UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0)
 
 
 def pair(seed=0, n=4):
@@ -106,14 +106,15 @@ def test_the_two_denoisers_differ():
 
 def test_quantized_model_remembers(tmp_path):
     base = model("v")
-    cfg = CalibrationConfig(images=2, steps=2)
-    quantized = quantize_nearest(base, observe_inputs(base, cfg), cfg, weight_bits=8, input_bits=8)
+    quantized = METHODS["nearest"](tiny_session(base, CalibrationConfig(images=2, steps=2)))
     quantized.save(tmp_path / "q.safetensors")
     loaded = load_quantized(str(tmp_path / "q.safetensors"))
     assert loaded.base.prediction == "v"
     x = pair()[1].transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(loaded.denoiser()(x, 7, 0), quantized.denoiser()(x, 7, 0))
-    assert loaded.denoiser().v_of is not None
+    as_v = Denoiser(loaded.network, v_of=base.schedule)
+    np.testing.assert_array_equal(loaded.denoiser()(x, 7, 0), as_v(x, 7, 0))
+    assert not np.array_equal(as_v(x, 7, 0), Denoiser(loaded.network)(x, 7, 0))
 
 
 def rewrite(path, change):

@@ -34,11 +34,10 @@ def default_threads():
     set_threads(None)
 
 
-def run(cfg=CFG, state=None, data=DATA, schedule=None, net=TINY, prediction="eps"):
+def run(cfg=CFG, state=None, data=DATA, schedule=None, net=TINY, **options):
     """Train from the seed; weights as one vector and losses."""
     model = UNet(net, np.random.default_rng(cfg.seed))
-    schedule = schedule or linear(20)
-    losses = train(model, data, schedule, cfg, prediction=prediction, state=state, save_seconds=0, quiet=True)
+    losses = train(model, data, schedule or linear(20), cfg, state=state, save_seconds=0, quiet=True, **options)
     return np.concatenate([p.data.ravel() for p in model.parameters()]), losses
 
 
@@ -56,8 +55,8 @@ def whole():
 # --- the batch ---
 
 
-def parts(cfg, step=3, schedule=None, data=DATA):
-    chunks = noisy_chunks(data.images, schedule or cosine(1000), cfg, step)
+def parts(cfg, step=3, schedule=None, data=DATA, shift=1.0):
+    chunks = noisy_chunks(data.images, schedule or cosine(1000), cfg, step, shift=shift)
     return chunks, [np.concatenate([getattr(c, k) for c in chunks]) for k in ("x_t", "target", "t")]
 
 
@@ -106,6 +105,46 @@ def test_few_time_steps(timesteps):
     assert t.min() >= 0 and t.max() < timesteps and len(set(t)) >= min(timesteps, 4)
 
 
+# --- which time-steps ---
+
+
+@pytest.mark.parametrize("timesteps", [1, 20, 1000])
+def test_shift_1_is_one_draw_from_each_stratum(timesteps):
+    """t = floor(T (i + u_i) / B) with the step's own generator: what was drawn before there was a shift."""
+    for step in range(20):
+        _, (_, _, t) = parts(CFG, step, cosine(timesteps))
+        rng = np.random.default_rng([CFG.seed, 2, step])
+        rng.standard_normal((CFG.batch, 8, 8, 1), dtype=np.float32)
+        want = (np.arange(CFG.batch) + rng.random(CFG.batch)) * (timesteps / CFG.batch)
+        assert sorted(t) == sorted(want.astype(int))
+
+
+@pytest.mark.parametrize("shift", [0.5, 3.0])
+def test_shift_has_the_density_of_its_formula(shift):
+    """p(t) = s / (s - (s - 1) t)²: counts in tenths of [0, T) of 30,000 draws, within 5 standard deviations."""
+    cfg, count = replace(CFG, batch=30, chunk=30), 1000
+    t = np.concatenate([parts(cfg, step, shift=shift)[1][2] for step in range(count)])
+    numbers, edges = np.bincount(t // 100, minlength=10), np.linspace(0, 1, 11)
+    share = np.diff(edges / (shift - (shift - 1) * edges))  # the density's integral
+    density = shift / (shift - (shift - 1) * 0.5) ** 2
+    np.testing.assert_allclose(share[4:6].mean(), density / 10, rtol=0.02)
+    expected = share * t.size
+    assert (np.abs(numbers - expected) < 5 * np.sqrt(expected)).all()
+    assert (numbers[9] > numbers[0]) == (shift > 1)
+
+
+@pytest.mark.parametrize("shift", [1e-6, 1e6])
+def test_extreme_shifts_stay_within_the_schedule(shift):
+    _, (_, _, t) = parts(CFG, shift=shift)
+    assert t.min() >= 0 and t.max() <= 999 and (t < 10).all() == (shift < 1)
+
+
+@pytest.mark.parametrize("shift", [0.0, -1.0, np.inf, np.nan])
+def test_shift_out_of_range(shift):
+    with pytest.raises(RangeError, match="it must be above 0"):
+        run(shift=shift)
+
+
 # --- the run ---
 
 
@@ -135,10 +174,10 @@ def test_resumed_is_uninterrupted(whole, tmp_path, monkeypatch):
     """Interrupted at steps 2, 5 and 11 by the batch that cannot be had."""
     for stop_at in (2, 5, 11):
 
-        def interrupted(images, schedule, cfg, step, prediction, stop_at=stop_at):
+        def interrupted(images, schedule, cfg, step, *rest, stop_at=stop_at):
             if step == stop_at:
                 raise KeyboardInterrupt
-            return noisy_chunks(images, schedule, cfg, step, prediction)
+            return noisy_chunks(images, schedule, cfg, step, *rest)
 
         with monkeypatch.context() as patch:
             patch.setattr("refquant.diffusion.train.noisy_chunks", interrupted)
@@ -174,9 +213,9 @@ def die(original, calls=[]):  # at the given call of os.fsync or os.replace: in 
 if call != "never":
     setattr(os, call, die(getattr(os, call)))
 
-def told(images, schedule, cfg, step, prediction, original=module.noisy_chunks):
+def told(images, schedule, cfg, step, *rest, original=module.noisy_chunks):
     print(step, flush=True)
-    return original(images, schedule, cfg, step, prediction)
+    return original(images, schedule, cfg, step, *rest)
 
 module.noisy_chunks = told
 model = UNet(net, np.random.default_rng(cfg.seed))
@@ -237,9 +276,11 @@ def test_killed_at_random_moments(tmp_path):
         ({"net": replace(TINY, dropout=0.2)}, "network"),
         ({"data": replace(DATA, name="others")}, "data"),
         ({"prediction": "v"}, "prediction"),
+        ({"shift": 3.0}, "shift"),
+        ({"start": "0123abcd"}, "start"),
         ({"cfg": replace(CFG, rate=1e-3), "schedule": cosine(21)}, "rate, schedule, timesteps"),
     ],
-    ids=["schedule", "timesteps", "network", "data", "prediction", "three"],
+    ids=["schedule", "timesteps", "network", "data", "prediction", "shift", "start", "three"],
 )
 def test_state_of_another_run(options, names, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

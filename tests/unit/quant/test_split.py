@@ -1,4 +1,6 @@
-"""Split quantizers: each part as if it were alone, and together as one tensor."""
+"""Split quantizers: each part as if it were alone, and together as one tensor; and the network that has them."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,12 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from strategies import qspecs, tensors
+from toys import TINY, tiny_model
 
-from refquant.autograd import Tensor, nnops
+from refquant.autograd import Tensor, nnops, no_grad
 from refquant.errors import ShapeError
 from refquant.quant.affine import QSpec, fake_quantize
 from refquant.quant.observers import minmax
-from refquant.quant.split import fake_quantize_split, observe_split
+from refquant.quant.record import unit_inputs
+from refquant.quant.split import fake_quantize_split, is_split, observe_split, split_shortcuts
+from refquant.quant.wrap import wrap
 
 concatenated = tensors(shape=hnp.array_shapes(min_dims=1, max_dims=4, min_side=2, max_side=5))
 
@@ -55,3 +60,74 @@ def test_both_parts_need_a_channel(shape, channels):
         observe_split(np.zeros(shape), channels, lambda part: minmax(part, QSpec()))
     with pytest.raises(ShapeError, match="both parts need a channel"):
         fake_quantize_split(np.zeros(shape), channels, (minmax([1.0], QSpec()),) * 2)
+
+
+# ------------------------------------------------------------------ the network with split shortcuts
+
+UP = {"up.1.block.0": 16, "up.1.block.1": 16, "up.0.block.0": 16, "up.0.block.1": 8}  # channels of h
+
+
+def answer(network, seed=0):
+    cfg = network.cfg
+    x = np.random.default_rng(seed).standard_normal((3, cfg.image_size, cfg.image_size, cfg.image_channels))
+    with no_grad():
+        return network(Tensor(x.astype(np.float32)), np.array([0, 7, 19])).data
+
+
+def test_parts_of_a_weight_are_the_weight(model):
+    """Concatenated they are the original, cut where h ends; the bias is added once; the down path is as it was."""
+    split, original = split_shortcuts(model).network.state_dict(), model.network.state_dict()
+    for block, channels in UP.items():
+        name = f"{block}.nin_shortcut"
+        parts = [split.pop(f"{name}.part.{i}.weight") for i in (0, 1)]
+        assert parts[0].shape[-1] == channels
+        np.testing.assert_array_equal(np.concatenate(parts, axis=-1), original.pop(f"{name}.weight"))
+        np.testing.assert_array_equal(split.pop(f"{name}.part.0.bias"), original.pop(f"{name}.bias"))
+        np.testing.assert_array_equal(split.pop(f"{name}.part.1.bias"), 0)
+    assert split.keys() == original.keys() and "down.1.block.0.nin_shortcut.weight" in split
+    for name, array in original.items():
+        assert split[name] is array
+
+
+@pytest.mark.parametrize(
+    "cfg", [TINY, replace(TINY, multipliers=(1, 2, 3), blocks=2), replace(TINY, multipliers=(2,), attention=())]
+)
+def test_the_split_network_computes_the_same(cfg):
+    """To sums of float32; it is another network by name, and the original is not touched."""
+    model = tiny_model(cfg)
+    before = answer(model.network)
+    split = split_shortcuts(model)
+    assert is_split(split.network) and not is_split(model.network)
+    np.testing.assert_allclose(answer(split.network), before, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(answer(model.network), before)
+    assert split.schedule is model.schedule and split.prediction == model.prediction
+
+
+@pytest.mark.parametrize("block", UP)
+def test_with_equal_quantizers_the_split_layer_is_the_unsplit_one(model, calibration, block):
+    """Codes of both parts are those of the whole; so are outputs, to sums of float32."""
+    name = f"{block}.nin_shortcut"
+    whole = wrap(model.network)[1][name]
+    weights = minmax(whole.layer.weight.data, QSpec(4, signed=True, axis=0))
+    (x,) = unit_inputs(model.network, name, calibration.trajectories.at([0, 3]))
+    inputs = minmax(x, QSpec(6))
+    network, layers = wrap(split_shortcuts(model).network)
+    parts = [layers[f"{name}.part.{i}"] for i in (0, 1)]
+    for layer in (whole, *parts):
+        layer.quantize_weight(weights)
+        layer.input.set(inputs)
+    np.testing.assert_array_equal(np.concatenate([p.codes for p in parts], axis=-1), whole.codes)
+    with no_grad():
+        got, want = dict(network.named_modules())[name](Tensor(x)), whole(Tensor(x))
+    np.testing.assert_allclose(got.data, want.data, rtol=1e-4, atol=1e-5)
+
+
+def test_ranges_of_the_parts_are_their_own(model, calibration):
+    """What `observed` says of a part is the min-max of its share of the channels, and of the whole the larger one."""
+    seen = calibration.observed(split_shortcuts(model).network)
+    for block in UP:
+        whole = calibration.inputs[f"{block}.nin_shortcut.input"]
+        parts = [seen[f"{block}.nin_shortcut.part.{i}.input"] for i in (0, 1)]
+        scales = [float(p.minmax(QSpec(8)).scale) for p in parts]
+        assert scales[0] != scales[1]
+        assert max(scales) <= float(whole.minmax(QSpec(8)).scale) * (1 + 1e-5)

@@ -2,37 +2,23 @@
 
 import numpy as np
 import pytest
+from toys import CALIBRATION, tiny_session
 
 from refquant import io
 from refquant.diffusion.denoiser import Denoiser
-from refquant.diffusion.model import DiffusionModel
-from refquant.diffusion.schedule import cosine
 from refquant.errors import CheckpointError, RangeError, ShapeError, UnknownNameError
 from refquant.nn.layers import Conv2d, Linear
-from refquant.nn.unet import UNet, UNetConfig
 from refquant.quant.affine import QSpec, dequantize, fake_quantize
-from refquant.quant.calibrate import CalibrationConfig, observe_inputs
-from refquant.quant.methods.nearest import quantize_nearest
+from refquant.quant.calibrate import Calibration, CalibrationConfig
+from refquant.quant.methods import METHODS
 from refquant.quant.observers import minmax
 from refquant.quant.quantized import load_quantized
 from refquant.quant.wrap import wrap
-from refquant.threads import set_threads
-
-CALIBRATION = CalibrationConfig(images=3, steps=4, every=2)
+from refquant.threads import using_threads
 
 
-@pytest.fixture(scope="module")
-def model():
-    rng = np.random.default_rng(0)
-    network = UNet(UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0), rng)
-    for p in network.parameters():
-        p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
-    return DiffusionModel("tiny", network, cosine(20))
-
-
-@pytest.fixture(scope="module")
-def inputs(model):
-    return observe_inputs(model, CALIBRATION)
+def nearest(calibration, search="mse", **options):
+    return METHODS["nearest"](tiny_session(calibration, **options), search=search)
 
 
 @pytest.fixture
@@ -47,18 +33,18 @@ def test_wrapping_changes_no_bit_until_a_quantizer_is_set(model, x):
     assert set(layers) == every
 
 
-def test_the_network_is_not_edited(model, inputs, x):
+def test_the_network_is_not_edited(model, calibration, x):
     before = {k: v.copy() for k, v in model.network.state_dict().items()}
     y = Denoiser(model.network)(x, 3, 0)
-    quantize_nearest(model, inputs, CALIBRATION, weight_bits=2, input_bits=2)
+    nearest(calibration, weight_bits=2, input_bits=2)
     assert model.network.state_dict().keys() == before.keys()
     for k, v in model.network.state_dict().items():
         np.testing.assert_array_equal(v, before[k])
     np.testing.assert_array_equal(Denoiser(model.network)(x, 3, 0), y)
 
 
-def test_weights_lie_on_the_grid_of_their_codes(model, inputs):
-    q = quantize_nearest(model, inputs, CALIBRATION, weight_bits=4)
+def test_weights_lie_on_the_grid_of_their_codes(model, calibration):
+    q = nearest(calibration, weight_bits=4)
     original = model.network.state_dict()
     for name, layer in q.layers.items():
         assert layer.codes.min() >= -8 and layer.codes.max() <= 7
@@ -68,19 +54,19 @@ def test_weights_lie_on_the_grid_of_their_codes(model, inputs):
         )
 
 
-def test_more_bits_are_closer(model, inputs, x):
+def test_more_bits_are_closer(model, calibration, x):
     """MSE to the float network falls with every two bits, for weights and for activations."""
     y = Denoiser(model.network)(x, 3, 0)
 
     def error(w, a):
-        q = quantize_nearest(model, inputs, CALIBRATION, weight_bits=w, input_bits=a)
+        q = nearest(calibration, weight_bits=w, input_bits=a)
         return float(np.mean((q.denoiser()(x, 3, 0) - y) ** 2))
 
     by_weight, by_input = [error(b, 8) for b in (2, 4, 6, 8)], [error(8, b) for b in (2, 4, 6, 8)]
     assert by_weight == sorted(by_weight, reverse=True) and by_input == sorted(by_input, reverse=True)
 
 
-def test_minmax_ranges_are_those_of_the_float_trajectory(model, inputs):
+def test_minmax_ranges_are_those_of_the_float_trajectory(model, calibration):
     """The observer of conv_in saw the sampler's x at every second step: its extremes are exact."""
     from refquant.diffusion.ddim import ddim_sample
     from refquant.diffusion.sampling import NoiseSource
@@ -95,24 +81,23 @@ def test_minmax_ranges_are_those_of_the_float_trajectory(model, inputs):
     noise = NoiseSource(CALIBRATION.seed, 3, model.image_shape)
     ddim_sample(eps, noise.draw(), model.schedule, noise, steps=4)
     want = minmax(np.concatenate(seen), QSpec(8))
-    got = inputs["conv_in"].minmax(QSpec(8))
+    got = calibration.inputs["conv_in.input"].minmax(QSpec(8))
     assert got.scale == want.scale and got.zero_point == want.zero_point
 
 
-def test_calibration_does_not_depend_on_threads(model, inputs):
-    try:
-        set_threads(1)
-        alone = observe_inputs(model, CALIBRATION)
-    finally:
-        set_threads(None)
+def test_calibration_does_not_depend_on_threads(model):
+    with using_threads(1):
+        alone = Calibration(model, CALIBRATION).inputs
+    with using_threads(2):
+        together = Calibration(model, CALIBRATION).inputs
     for name, observer in alone.items():
-        a, b = observer.mse(QSpec(8)), inputs[name].mse(QSpec(8))
+        a, b = observer.mse(QSpec(8)), together[name].mse(QSpec(8))
         assert a.scale == b.scale and a.zero_point == b.zero_point
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_file_round_trip_computes_the_same_bits(model, inputs, x, tmp_path, bits):
-    q = quantize_nearest(model, inputs, CALIBRATION, weight_bits=bits, search="minmax")
+def test_file_round_trip_computes_the_same_bits(model, calibration, x, tmp_path, bits):
+    q = nearest(calibration, weight_bits=bits, search="minmax")
     q.save(tmp_path / "q.safetensors")
     again = load_quantized(str(tmp_path / "q.safetensors"))
     np.testing.assert_array_equal(again.denoiser()(x, 3, 0), q.denoiser()(x, 3, 0))
@@ -123,16 +108,16 @@ def test_file_round_trip_computes_the_same_bits(model, inputs, x, tmp_path, bits
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "q.safetensors").read_bytes()
 
 
-def test_four_bits_take_half_the_bytes_of_eight(model, inputs):
+def test_four_bits_take_half_the_bytes_of_eight(model, calibration):
     weights = sum(layer.layer.weight.data.size for layer in wrap(model.network)[1].values())
-    eight, four = (quantize_nearest(model, inputs, CALIBRATION, weight_bits=b).size_bytes() for b in (8, 4))
+    eight, four = (nearest(calibration, weight_bits=b).size_bytes() for b in (8, 4))
     odd = 40  # rows of odd length end with half a byte unused
     assert abs(eight - four - weights // 2) <= odd
 
 
-def test_a_file_whose_parts_do_not_fit_is_one_clear_error(model, inputs, tmp_path):
+def test_a_file_whose_parts_do_not_fit_is_one_clear_error(model, calibration, tmp_path):
     path = tmp_path / "q.safetensors"
-    quantize_nearest(model, inputs, CALIBRATION, weight_bits=4).save(path)
+    nearest(calibration, weight_bits=4).save(path)
     found = io.load(path)
     missing = {k: v for k, v in found.tensors.items() if k != "conv_in.codes"}
     bad_scale = {**found.tensors, "conv_in.weight_scale": -found.tensors["conv_in.weight_scale"]}
@@ -147,11 +132,11 @@ def test_a_file_whose_parts_do_not_fit_is_one_clear_error(model, inputs, tmp_pat
         load_quantized(str(path))
 
 
-def test_errors_name_what_is_allowed(model, inputs):
+def test_errors_name_what_is_allowed(model, calibration):
     with pytest.raises(RangeError, match="2 to 8"):
-        quantize_nearest(model, inputs, CALIBRATION, weight_bits=9)
+        nearest(calibration, weight_bits=9)
     with pytest.raises(UnknownNameError, match="mse, minmax"):
-        quantize_nearest(model, inputs, CALIBRATION, search="no-such")
+        nearest(calibration, search="no-such")
     with pytest.raises(RangeError, match="images is 0"):
         CalibrationConfig(images=0)
     layer = wrap(model.network)[1]["conv_in"]

@@ -1,0 +1,139 @@
+"""refquant compare: methods times bits on one model, in one table, with plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import io
+from .._version import __version__
+from ..compare import HEADER, Reference, cells, markdown, measure
+from ..diffusion.model import load_model
+from ..errors import RangeError, RefquantError, UnknownNameError
+from ..evaluate import BATCH
+from ..quant.methods import METHODS
+from ..quant.quantized import load_quantized
+from ..threads import get_threads
+from ..viz import labelled_rows, plot_over_time, plot_per_step_error, save_png
+from .common import add_engine, add_verb, print_table, progress, say, setting, write_json
+from .quantize import add_calibration
+
+SHOWN = 12  # images of each row of the picture
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb."""
+    p = add_verb(
+        verbs, "compare", "Compare methods of quantization on one model: one table, plots and pictures.",
+        "refquant compare --methods nearest,squant --bits W8A8,W4A8 -n 16 --runs 2 --out comparison",
+        out="comparison",
+    )  # fmt: skip
+    p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
+    p.add_argument(
+        "--methods", default=",".join(METHODS), metavar="NAMES",
+        help="with options after colons, such as tfmq:fsc=temporal:time_steps=20",
+    )  # fmt: skip
+    p.add_argument("--bits", default="W8A8,W4A8", metavar="BITS", help="such as W4A8,W4A32")
+    add_calibration(p)
+    p.add_argument("-n", type=int, default=64, metavar="N", help="images of each run")
+    p.add_argument("--runs", type=int, default=3, metavar="R", help="runs with seeds S, S+1, ...; they give the spread")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too (they are in OUT anyway)")
+    add_engine(p)
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate what is not calibrated yet, sample, and write table, numbers and pictures into the folder --out."""
+    if args.n < 2 or args.runs < 1:
+        raise RangeError(f"-n is {args.n} and --runs is {args.runs}; at least 2 images and 1 run are needed.")
+    bits = [parse_bits(text) for text in args.bits.split(",")]
+    methods = [parse_method(text) for text in args.methods.split(",")]
+    args.out.mkdir(exist_ok=True)
+    model = load_model(args.model)
+    say(args, f"{model.name}: {len(methods)} methods at {len(bits)} bit-widths, {setting()}")
+    entries = [(m, w, a, calibrated(args, m, w, a)) for w, a in bits for m in methods]
+
+    seeds = range(args.seed, args.seed + args.runs)
+    total = (1 + len(entries)) * args.runs * -(-args.n // BATCH) * args.steps
+    with progress(total, "sample", args) as bar:
+        follow = lambda _: bar.update()  # noqa: E731
+        reference = Reference.draw(model, args.n, seeds, args.steps, follow)
+        rows, pictures = [reference.row()], [("float32", reference.runs[args.seed].images[:SHOWN])]
+        for (name, options), _, _, file in entries:
+            row, images = measure(load_quantized(str(file)), reference, follow, args.engine)
+            notes = json.loads(file.with_suffix(".json").read_text())
+            row |= {key: notes[key] for key in ("seconds", "peak_memory_bytes")}
+            row["method"] = ":".join([name, *options])
+            rows.append(row)
+            pictures.append((f"{row['method']} {row['bits']}", images[:SHOWN]))
+    print_table(HEADER, [cells(row) for row in rows])
+    caption = (
+        f"{model.name}, {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}; "
+        f"calibrated on {args.images} trajectories, {args.iterations} iterations a block, {args.states} states, "
+        f"{get_threads()} threads, refquant {__version__}. Frechet distance on mnist-classifier's features, of small "
+        "samples: compare rows, not papers."
+    )
+    print(caption)
+    facts = {"caption": caption, "rows": rows}
+    write_json(args.out / "comparison.json", facts)
+    write_json(args.json, facts)
+    io.write_atomically(args.out / "comparison.md", [markdown(rows, caption).encode()])
+    quantized = {f"{r['method']} {r['bits']}": r for r in rows[1:]}
+    save_png(args.out / "pictures.png", labelled_rows(pictures), {"caption": caption})
+    if quantized:
+        plot_per_step_error({k: r["per_step_mse"] for k, r in quantized.items()}).savefig(args.out / "trajectory.png")
+        curves = {k: r["feature_cosine_by_t"] for k, r in quantized.items()}
+        plot_over_time(curves, "cosine of the worst temporal feature").savefig(args.out / "features.png")
+    print(f"written to {args.out}: comparison.json, comparison.md, pictures.png, trajectory.png, features.png")
+    return 0
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """W4A8 -> (4, 8)."""
+    found = re.fullmatch(r"W(\d+)A(\d+)", text)
+    if found is None:
+        raise RangeError(f"--bits {text!r} is not like W4A8; 2 to 8 bits are supported, and 32 for float.")
+    return int(found[1]), int(found[2])
+
+
+def parse_method(text: str) -> tuple[str, tuple[str, ...]]:
+    """tfmq:fsc=temporal -> ("tfmq", ("fsc=temporal",))."""
+    name, *options = text.split(":")
+    if name not in METHODS:
+        raise UnknownNameError(f"no method is called {name!r}. Known: {', '.join(METHODS)}.")
+    return name, tuple(options)
+
+
+def calibrated(
+    args: argparse.Namespace, method: tuple[str, tuple[str, ...]], weight_bits: int, input_bits: int
+) -> Path:
+    """Return the quantized model's file in the folder --out: made before with the same recipe, or now.
+
+    Each calibration is a process of its own, so that its peak memory is its own.
+    """
+    name, options = method
+    label = "-".join([name, *(re.sub(r"\W", "_", o) for o in options)])
+    file = args.out / f"{label}-W{weight_bits}A{input_bits}.safetensors"
+    notes = file.with_suffix(".json")
+    asked = [
+        "quantize", args.model, "--method", name, "--weight-bits", str(weight_bits), "--input-bits", str(input_bits),
+        "--coverage", args.coverage, "--images", str(args.images), "--steps", str(args.steps),
+        "--states", str(args.states), "--iterations", str(args.iterations), "--seed", str(args.seed),
+        *(part for option in options for part in ("--option", option)),
+    ]  # fmt: skip
+    identity = {"asked": asked, "model": load_model(args.model).metadata["data_sha256"], "refquant": __version__}
+    if file.exists() and notes.exists() and json.loads(notes.read_text()).get("identity") == identity:
+        return file
+    shared = ["--out", str(file), "--json", str(notes), *(["--quiet"] if args.quiet else [])]
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    command = [sys.executable, "-m", "refquant", *asked, *shared, *threads]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if args.quiet else None, text=True)
+    if done.returncode:
+        raise RefquantError(f"{name} W{weight_bits}A{input_bits}: {(done.stderr or 'see above').strip()}")
+    write_json(notes, {**json.loads(notes.read_text()), "identity": identity})
+    return file

@@ -1,0 +1,163 @@
+"""One quantized model beside its float original, in all numbers of the comparison table.
+
+`measure` samples from the same noise as the float model, for several seeds, and looks at the temporal features on
+the way. What it gives is a plain dict, fit for JSON; `table` and `plots` make what people look at from such dicts.
+
+    psnr_db             to the float images, for each seed: 10 log10(4 / mean squared error over all images)
+    frechet             on the shipped classifier's features, for each seed; not the Inception FID
+    per_step_mse        error of x after each step of the sampler, (S,), mean over the seeds
+    feature_squared     squared error of the temporal features, summed over channels and blocks: mean over all t,
+                        over the t that the calibration visited, over the others, and the worst t
+    feature_cosine      smallest over blocks at each t: mean over t, and the worst
+    bytes               codes, scales, tables and what stays float
+    bit_operations      of one call of the network for one image
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .deploy.runtime import integer_denoiser
+from .diffusion.ddim import ddim_sample
+from .diffusion.model import DiffusionModel
+from .diffusion.sampling import Callback, Images
+from .evaluate import Judge, Run, per_step_error, sample_run
+from .metrics import mean_and_spread, psnr
+from .quant.cost import bit_operations
+from .quant.quantized import QuantizedModel
+from .quant.temporal import feature_errors, features, quantized_features
+
+HEADER = (
+    "method",
+    "bits",
+    "PSNR dB",
+    "Frechet",
+    "feature error",
+    "worst t",
+    "cosine",
+    "MB",
+    "GBOP",
+    "seconds",
+    "peak MB",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The float model's own images, one run a seed, and its temporal features."""
+
+    model: DiffusionModel
+    runs: dict[int, Run]
+    steps: int
+    judge: Judge
+
+    @classmethod
+    def draw(
+        cls, model: DiffusionModel, count: int, seeds: Sequence[int], steps: int, on_step: Callback | None = None
+    ) -> Reference:
+        """Sample the float model `count` times for each seed, with DDIM of `steps` steps."""
+        sampler = partial(ddim_sample, steps=steps)
+        eps = model.denoiser()
+        runs = {seed: sample_run(eps, model, count, sampler, seed=seed, on_step=on_step) for seed in seeds}
+        return cls(model, runs, steps, Judge())
+
+    def row(self) -> dict[str, Any]:
+        """The float model's own numbers."""
+        return {
+            "method": "float32",
+            "bits": "W32A32",
+            "frechet": [self.judge.frechet(run.images) for run in self.runs.values()],
+            "bytes": 4 * self.model.network.parameter_count(),
+        }
+
+
+def measure(
+    quantized: QuantizedModel, reference: Reference, on_step: Callback | None = None, engine: str = "fake"
+) -> tuple[dict[str, Any], Images]:
+    """All numbers of one quantized model, simulated or in integers (`engine`), and its images of the first seed."""
+    sampler = partial(ddim_sample, steps=reference.steps)
+    eps = quantized.denoiser() if engine == "fake" else integer_denoiser(quantized, engine)
+    decibel, distance, errors, shown = [], [], [], None
+    for seed, wanted in reference.runs.items():
+        made = sample_run(eps, reference.model, len(wanted.images), sampler, seed=seed, on_step=on_step)
+        decibel.append(psnr(made.images, wanted.images))
+        distance.append(reference.judge.frechet(made.images))
+        errors.append(per_step_error(made, wanted))
+        shown = made.images if shown is None else shown
+    recipe = quantized.recipe
+    row = {
+        "method": recipe["method"],
+        "bits": f"W{recipe['weight_bits']}A{recipe['input_bits']}",
+        "options": recipe["options"],
+        "coverage": recipe["coverage"],
+        "psnr_db": decibel,
+        "frechet": distance,
+        "per_step_mse": np.mean(errors, axis=0).tolist(),
+        "bytes": quantized.size_bytes(),
+        "bit_operations": bit_operations(quantized),
+        **temporal_errors(quantized, reference.model),
+    }
+    return row, shown
+
+
+def temporal_errors(quantized: QuantizedModel, model: DiffusionModel) -> dict[str, Any]:
+    """Errors of the temporal features at all t, and apart at those that the calibration's sampler visited."""
+    t = np.arange(model.schedule.timesteps)
+    found = feature_errors(t, quantized_features(quantized, t), features(model.network, t))
+    visited = np.isin(t, quantized.timesteps())
+    worst = found.cosine.min(axis=0)
+    return {
+        "feature_squared": float(found.squared.mean()),
+        "feature_squared_visited": float(found.squared[visited].mean()),
+        "feature_squared_unseen": float(found.squared[~visited].mean()) if not visited.all() else None,
+        "feature_squared_worst": float(found.squared.max()),
+        "feature_worst_t": int(found.squared.argmax()),
+        "feature_cosine": float(worst.mean()),
+        "feature_cosine_worst": float(worst.min()),
+        "feature_cosine_by_t": np.round(worst, 5).tolist(),
+    }
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    """One line of the table, in the order of `HEADER`; what does not apply is a dash."""
+    seconds = row.get("seconds", {})
+    return (
+        row["method"],
+        row["bits"],
+        _spread(row.get("psnr_db"), 1),
+        _spread(row.get("frechet"), 1),
+        f"{row['feature_squared']:.3f}" if "feature_squared" in row else "-",
+        f"{row['feature_squared_worst']:.2f}" if "feature_squared_worst" in row else "-",
+        f"{row['feature_cosine_worst']:.4f}" if "feature_cosine_worst" in row else "-",
+        f"{row['bytes'] / 1e6:.2f}",
+        f"{row['bit_operations'] / 1e9:.2f}" if "bit_operations" in row else "-",
+        f"{seconds['all']:.0f}" if "all" in seconds else "-",
+        f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else "-",
+    )
+
+
+def markdown(rows: Sequence[dict[str, Any]], caption: str) -> str:
+    """The table as Markdown, with its caption, and the seconds of each phase beneath."""
+    lines = [caption, "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
+    lines += ["", "Seconds by phase:", ""]
+    for row in rows:
+        if row.get("seconds"):
+            phases = ", ".join(f"{k} {v:.1f}" for k, v in row["seconds"].items() if k != "all")
+            lines.append(f"- {row['method']} {row['bits']}: {phases}")
+    covered = sorted({row["coverage"] for row in rows if "coverage" in row})
+    return "\n".join([*lines, "", *(f"Coverage {text}." for text in covered), ""])
+
+
+def _spread(values: Sequence[float] | None, digits: int) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    mean, std = mean_and_spread(list(values))
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"

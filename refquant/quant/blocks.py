@@ -1,0 +1,54 @@
+"""Reconstruct a network unit after unit: each learns its rounding on what the quantized network before it gives.
+
+    for each unit, in order:
+        x^ = the unit's input in the network with quantized weights (finished units: learned; later ones: nearest)
+        y  = the float unit's output on the float network's own input
+        learn the rounding of the unit's weights so that unit(x^) comes close to y
+
+Activations stay float meanwhile, as in BRECQ, Q-Diffusion and TFMQ-DM (``quant/data_utill.py:114-169``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .reconstruct import reconstruct
+from .record import States, unit_inputs, unit_output
+from .session import Arrays, Run
+from .units import Unit
+from .wrap import QuantLayer
+
+
+def reconstruct_units(run: Run, units: Sequence[Unit], states: States, *, importance: Arrays | None = None) -> None:
+    """Learn the rounding of these units and leave their layers with the codes found.
+
+    Parameters
+    ----------
+    run : Run
+        Its weights have quantizers already.
+    units : sequence of Unit
+        Of the run's network, in the order of reconstruction. Layers without a weight quantizer stay float.
+    states : States
+        Inputs of the network.
+    importance : dict of str to array, optional
+        By unit name, shaped like its outputs (M, ...): weights of the squared errors (Fisher diagonal).
+    """
+    cfg = run.session.reconstruction
+    todo = [(unit, [layer for layer in unit.layers if layer.weight_qparams is not None]) for unit in units]
+    todo = [(unit, layers) for unit, layers in todo if layers]
+    with run.phase("blocks"), run.bar(len(todo) * cfg.iterations, "blocks") as bar:
+        for unit, layers in todo:
+
+            def learn(unit: Unit = unit, layers: list[QuantLayer] = layers) -> Arrays:
+                inputs = unit_inputs(run.network, unit.name, states)
+                target = unit_output(run.model.network, unit.name, states)
+                weights = [run.weight(layer.name) for layer in layers]
+                given = None if importance is None else importance[unit.name]
+                losses = reconstruct(
+                    unit.module, layers, weights, inputs, target, cfg, importance=given, on_step=bar.update
+                )
+                return {**{layer.name: layer.codes for layer in layers}, "losses": losses}
+
+            found = run.once(f"unit {unit.name}", learn)
+            for layer in layers:
+                layer.set_codes(found[layer.name], layer.weight_qparams)

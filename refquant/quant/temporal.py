@@ -1,0 +1,139 @@
+"""Temporal features: what every ResBlock is told about the time-step, and how quantization changes it.
+
+    e      = sinusoid(t)
+    u      = Linear1(SiLU(Linear0(e)))                     the time MLP, h(t) in TFMQ-DM
+    emb_i  = Linear_i(SiLU(u))                             ResBlock i's projection, g_i(h(t))
+
+Nothing here sees the image, so a model of T time-steps has T temporal features and no more. A rounded feature that
+comes close to that of *another* time-step tells a block to denoise for the wrong amount of noise (TFMQ-DM section
+3.1). `feature_errors` measures it over all t:
+
+    squared[t] = sum_i |emb^_i(t) - emb_i(t)|²              the sum that TIAR minimises
+    cosine[i, t] of emb^_i(t) and emb_i(t)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..autograd import Tensor, no_grad, ops
+from ..errors import ShapeError
+from ..nn.module import Module
+from ..nn.unet import ResBlock, UNet
+from .observers import from_range
+from .quantized import QuantizedModel
+from .wrap import activation_quantizers, watched
+
+Float64 = NDArray[np.float64]
+
+
+class TemporalBlock:
+    """The time MLP and all projections of a (wrapped) network, to be run without the rest of it.
+
+    Attributes
+    ----------
+    mlp : Module
+        t (N,) -> (N, E).
+    projections : dict of str to Module
+        By the layer's name, in order of registration.
+    """
+
+    def __init__(self, network: UNet) -> None:
+        self.mlp: Module = network.temb
+        self.projections = {
+            f"{name}.temb_proj": module.temb_proj
+            for name, module in network.named_modules()
+            if isinstance(module, ResBlock)
+        }
+        if not self.projections:
+            raise ShapeError("this network has no projection of a time embedding: it has no temporal features.")
+
+    def __call__(self, t: NDArray[np.integer]) -> list[Tensor]:
+        """The features of time-steps t (N,): a tensor (N, C_i) for each projection."""
+        shared = ops.silu(self.mlp(t))
+        return [projection(shared) for projection in self.projections.values()]
+
+    def joined(self, t: NDArray[np.integer]) -> Tensor:
+        """All features side by side, (N, sum of C_i)."""
+        first, *others = self(t)
+        for other in others:
+            first = ops.concat(first, other)
+        return first
+
+
+def features(network: UNet, t: NDArray[np.integer]) -> dict[str, NDArray[np.float32]]:
+    """Temporal features (N, C_i) of time-steps t (N,), by the projection's name."""
+    block = TemporalBlock(network)
+    with no_grad():
+        return {name: y.data for name, y in zip(block.projections, block(t), strict=True)}
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureErrors:
+    """How far temporal features are from the float ones.
+
+    Attributes
+    ----------
+    t : int array, (T,)
+    squared : float64 array, (T,)
+        Squared error, summed over channels and projections.
+    cosine : float64 array, (P, T)
+        For each of the P projections.
+    """
+
+    t: NDArray[np.int64]
+    squared: Float64
+    cosine: Float64
+
+
+def feature_errors(
+    t: NDArray[np.int64], got: dict[str, NDArray[np.float32]], want: dict[str, NDArray[np.float32]]
+) -> FeatureErrors:
+    """Compare features (T, C_i) with the float network's, projection by projection."""
+    pairs = [(got[name].astype(np.float64), want[name].astype(np.float64)) for name in want]
+    squared = sum(np.square(a - b).sum(axis=1) for a, b in pairs)
+    cosine = np.array([(a * b).sum(1) / np.maximum(_norm(a) * _norm(b), np.finfo(float).tiny) for a, b in pairs])
+    return FeatureErrors(t, np.asarray(squared), cosine)
+
+
+def _norm(x: Float64) -> Float64:
+    return np.asarray(np.sqrt(np.square(x).sum(axis=1)))
+
+
+def quantized_features(model: QuantizedModel, t: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """Temporal features (N, C_i) of a quantized model, with its tables where its sampler visits t.
+
+    At any other t an activation with a table takes the exact range of that t, which is what finite set calibration
+    would store for a sampler that visits it. Cached features exist at visited t only: elsewhere the nearest is given.
+    """
+    block = TemporalBlock(model.network)
+    modules = [model.network.temb, *block.projections.values()]
+    cached = {model.layers[name].input.name for name in model.features}  # these layers are not run
+    stepped = {n: q for m in modules for n, q in activation_quantizers(m).items() if q.table and n not in cached}
+    if not stepped and not model.features:
+        return features(model.network, t)
+    visited = model.timesteps()
+    ranges = _exact_ranges(model.network, t)
+    rows = []
+    for i, now in enumerate(t):
+        step = int(np.abs(visited - now).argmin())
+        model.at_step(step)
+        if visited[step] != now:
+            for name, quantizer in stepped.items():
+                lo, hi = (end[i] for end in ranges[name])
+                quantizer.qparams = from_range(lo, hi, quantizer.table.spec)
+        rows.append(features(model.network, t[i : i + 1]))
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def _exact_ranges(network: UNet, t: NDArray[np.int64]) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Smallest and largest input of each temporal activation at each of t (N,), with activations in float."""
+    seen: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
+    own = watched(network, lambda name, x: seen.__setitem__(name, (x.min(axis=1), x.max(axis=1))))
+    for quantizer in activation_quantizers(own).values():
+        quantizer.set(None)
+    features(own, t)
+    return seen
