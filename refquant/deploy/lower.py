@@ -1,0 +1,212 @@
+"""From a calibrated model to a program of integer operations.
+
+Fake quantization computes s_w (q_w - z_w) times s_x (q_x - z_x) in float32; the integer form takes the same codes and
+leaves both scales to the end:
+
+    y[o] = s_x s_w[o] * sum (q_x - z_x) (q_w - z_w[o])  + bias[o] + residual
+
+Nothing is approximated here: a layer's integer sums are exact, and what float32 rounds differently is the one product
+and the additions after them. What is known before sampling is computed now: the temporal features of every step
+become part of the bias of the convolution before them, so the time MLP and the projections are gone.
+
+A program is made for the steps of one sampler, because tables have one row a step and features one value.
+
+Errors: `LoweringError` with the layer's name and the reason where something has no integer form: a float weight or
+input, a zero point that is no code, a sum that could overflow int32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import LoweringError
+from ..kernels import Dequantize, pack_weights
+from ..nn.layers import Conv2d, GroupNorm
+from ..nn.unet import AttentionBlock, Level, ResBlock
+from ..quant.affine import QParams
+from ..quant.quantized import QuantizedModel
+from ..quant.split import SplitConv
+from ..quant.temporal import features
+from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
+from ..ref import max_k
+from .program import Concat, Convolve, Encode, Mix, Norm, Operation, Probabilities, Program, Scores, Upsample, Value
+
+
+def lower(model: QuantizedModel) -> Program:
+    """Lower a quantized model for the sampler that it was calibrated for.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        All layers and attention products quantized (coverage "full"), or a `LoweringError` names the first that is
+        not.
+
+    Returns
+    -------
+    Program
+    """
+    return _Lowering(model).program()
+
+
+class _Lowering:
+    """Walks through the network as its forward pass does, and writes down operations instead of computing."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        self.model, self.network = model, model.network
+        self.timesteps = model.timesteps()
+        self.rows = self._temporal_rows()
+        self.names = {id(module): name for name, module in self.network.named_modules()}
+        self.values: list[Value] = []
+        self.operations: list[Operation] = []
+
+    def program(self) -> Program:
+        net, cfg = self.network, self.network.cfg
+        x = self._value("input", (cfg.image_size, cfg.image_size, cfg.image_channels))
+        h = self._layer(net.conv_in, x)
+        skips = [h]
+        for level in net.down:
+            for i in range(cfg.blocks):
+                h = self._level(level, i, h)
+                skips.append(h)
+            if hasattr(level, "downsample"):
+                h = self._layer(level.downsample.conv, h)
+                skips.append(h)
+        h = self._block(net.mid.block_2, self._attend(net.mid.attn_1, self._block(net.mid.block_1, h)))
+        for level in reversed(net.up):
+            for i in range(cfg.blocks + 1):
+                h = self._level(level, i, self._concat(h, skips.pop()))
+            if hasattr(level, "upsample"):
+                h = self._layer(level.upsample.conv, h, upsample=True)
+        self._layer(net.conv_out, h, norm=net.norm_out, silu=True)
+        return Program(tuple(self.values), tuple(self.operations), self.timesteps)
+
+    # --- parts of the network ---
+
+    def _level(self, level: Level, i: int, x: int) -> int:
+        h = self._block(level.block[i], x)
+        return self._attend(level.attn[i], h) if level.attn else h
+
+    def _block(self, block: ResBlock, x: int) -> int:
+        """conv1 takes the temporal feature into its bias, conv2 the shortcut as its residual."""
+        row = self.rows[f"{self.names[id(block)]}.temb_proj"]
+        h = self._layer(block.conv1, x, norm=block.norm1, silu=True, rows=row)
+        shortcut = x
+        if isinstance(getattr(block, "nin_shortcut", None), SplitConv):
+            shortcut = self._split(block.nin_shortcut, x)
+        elif hasattr(block, "nin_shortcut"):
+            shortcut = self._layer(block.nin_shortcut, x)
+        return self._layer(block.conv2, h, norm=block.norm2, silu=True, residual=shortcut)
+
+    def _split(self, conv: SplitConv, x: int) -> int:
+        """The two parts of a concatenation go their own ways; the second adds the first."""
+        concat = next(o for o in self.operations if isinstance(o, Concat) and o.out == x)
+        first = self._layer(conv.part[0], concat.x)
+        return self._layer(conv.part[1], concat.y, residual=first)
+
+    def _attend(self, block: AttentionBlock, x: int) -> int:
+        h, w, c = self.values[x].shape
+        product, tokens = block.product, h * w
+        if not isinstance(product, QuantAttention):
+            raise LoweringError(f"{self.names[id(block)]}: its attention product is not wrapped.")
+        floats = {part: self._layer(getattr(block, part), x, norm=block.norm) for part in "qkv"}
+        codes = {}
+        for part, value in floats.items():
+            codes[part] = self._encode(getattr(product, part), value, shape=(tokens, c))
+        q, k, v, p = (self._params(quantizer) for quantizer in product.quantizers())
+        self._check_length(product.q.name, c), self._check_length(product.probs.name, tokens)
+        scores = self._value(f"{product.q.name}.scores", (tokens, tokens))
+        self.operations.append(Scores(codes["q"], codes["k"], scores, q, k))
+        probs = self._value(product.probs.name, (tokens, tokens), codes=True)
+        self.operations.append(Probabilities(scores, probs, p))
+        mixed = self._value(f"{product.v.name}.mixed", (h, w, c))
+        self.operations.append(Mix(probs, codes["v"], mixed, p, v))
+        return self._layer(block.proj_out, mixed, residual=x)
+
+    def _concat(self, x: int, y: int) -> int:
+        (h, w, a), (_, _, b) = self.values[x].shape, self.values[y].shape
+        out = self._value(f"concat {self.values[x].name}", (h, w, a + b))
+        self.operations.append(Concat(x, y, out))
+        return out
+
+    # --- one layer ---
+
+    def _layer(
+        self, layer: QuantLayer, x: int, *, norm: GroupNorm | None = None, silu: bool = False,
+        rows: NDArray[np.float32] | None = None, residual: int | None = None, upsample: bool = False,
+    ) -> int:  # fmt: skip
+        """Encode the input of a convolution, and convolve."""
+        if layer.weight_qparams is None or layer.codes is None:
+            raise LoweringError(f"{layer.name} has no integer form: its weight is float. Quantize it (coverage full).")
+        conv = layer.layer
+        assert isinstance(conv, Conv2d)
+        quantizers = self._params(layer.input)
+        codes = self._encode(layer.input, x, norm, silu)
+        if upsample:
+            h, w, c = self.values[codes].shape
+            wide = self._value(f"{layer.name}.upsampled", (2 * h, 2 * w, c), codes=True)
+            self.operations.append(Upsample(codes, wide))
+            codes = wide
+        w_q = layer.weight_qparams
+        self._check_length(layer.name, layer.codes[0].size)
+        if not w_q.zero_is_exact:
+            raise LoweringError(f"{layer.name} has no integer form: a zero point of its weight is no code.")
+        biases = conv.bias.data[None] if rows is None else conv.bias.data + rows
+        steps = max(len(quantizers), len(biases))
+        one = np.float32
+        outputs = tuple(
+            Dequantize(
+                (one(quantizers[s % len(quantizers)].scale) * w_q.scale).astype(one),
+                np.ascontiguousarray(biases[s % len(biases)]),
+            )
+            for s in range(steps)
+        )
+        h, w, _ = self.values[codes].shape
+        top, bottom, left, right = conv.pads
+        kernel = layer.codes.shape[1]
+        size = ((h + top + bottom - kernel) // conv.stride + 1, (w + left + right - kernel) // conv.stride + 1)
+        out = self._value(layer.name, (*size, len(layer.codes)))
+        self.operations.append(
+            Convolve(
+                codes, out, layer.name,
+                pack_weights(layer.codes.astype(np.int8), bits=4 if w_q.spec.bits <= 4 else 8,
+                             zero_point=w_q.zero_point),
+                tuple(int(q.zero_point) for q in quantizers), outputs, conv.stride, conv.pads, residual,
+            )
+        )  # fmt: skip
+        return out
+
+    def _encode(
+        self, quantizer: ActivationQuantizer, x: int, norm: GroupNorm | None = None, silu: bool = False,
+        shape: tuple[int, ...] | None = None,
+    ) -> int:  # fmt: skip
+        out = self._value(quantizer.name, shape or self.values[x].shape, codes=True)
+        fused = None if norm is None else Norm(norm.weight.data, norm.bias.data, norm.groups, norm.eps)
+        self.operations.append(Encode(x, out, self._params(quantizer), fused, silu))
+        return out
+
+    def _params(self, quantizer: ActivationQuantizer) -> tuple[QParams, ...]:
+        if quantizer.qparams is None:
+            raise LoweringError(f"{quantizer.name} has no integer form: it is float. Quantize it (coverage full).")
+        table, steps = quantizer.table, range(len(self.timesteps))
+        found = [quantizer.qparams] if table is None else [table[step] for step in steps]
+        if not all(q.zero_is_exact for q in found):
+            raise LoweringError(f"{quantizer.name} has no integer form: its zero point is no code.")
+        return tuple(found)
+
+    def _check_length(self, name: str, k: int) -> None:
+        if k > max_k():
+            raise LoweringError(f"{name} has no integer form: {k} products could overflow int32; {max_k()} are safe.")
+
+    def _value(self, name: str, shape: tuple[int, ...], codes: bool = False) -> int:
+        self.values.append(Value(name, shape, codes))
+        return len(self.values) - 1
+
+    def _temporal_rows(self) -> dict[str, NDArray[np.float32]]:
+        """The temporal features (S, C_i) of every step, with the step's tables in force."""
+        rows: list[dict[str, NDArray[np.float32]]] = []
+        for step, t in enumerate(self.timesteps):
+            self.model.at_step(step)
+            rows.append(features(self.network, np.array([t])))
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
