@@ -10,6 +10,8 @@
 
 #include "impl.h"
 
+enum { MOST_RANGES = 16 }; /* more threads share them */
+
 /* A convolution, the same for all threads. */
 struct job {
     const struct rq_kernel *kernel;
@@ -24,7 +26,8 @@ struct job {
     int copies;                 /* the image must be copied into a slab */
     int sums_pixels;            /* the weights have zero points */
     int64_t scratch_bytes;
-    atomic_llong next;          /* unit to be dealt */
+    int ranges;                 /* of units, one for each thread */
+    struct { _Alignas(64) atomic_llong units; } dealt[MOST_RANGES]; /* so far, of each range */
     atomic_int status;
 };
 
@@ -34,10 +37,12 @@ struct part {
     int64_t p0, p1, q0, q1;  /* window lines p0 .. p1-1 and columns q0 .. q1-1 */
 };
 
-/* What a thread keeps while it works on a job, all of it in its scratch memory. */
+/* What a thread keeps while it works on a job; the arrays are in its scratch memory. */
 struct bench {
+    int64_t first, lines;    /* of the unit: lines of the result; 0 lines at the beginning */
+    struct rq_output y;      /* of its image */
     const uint8_t **rows;    /* where the part of the window of each pixel of the unit begins */
-    int64_t *at;             /* row of the result of each of them */
+    int64_t *at;             /* row of the image's result of each of them */
     struct part *parts;
     int64_t part_count;
     int64_t line_bytes;      /* from a line of the slab, or image, to the next */

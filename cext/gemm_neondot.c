@@ -5,26 +5,25 @@
  * 2^32; to broadcast the group of A costs nothing.
  *
  * The algebra. sdot reads both as signed, and A is not. The bits of a ^ 0x80, read as signed, are
- * a - 128; and two rows shifted alike differ as before. Row i minus a row of zeros:
+ * a - 128, and
  *
- *     sum (a - 128) b  -  sum (0 - 128) b  =  sum a b
+ *     sum (a - 128) b  =  sum a b  -  128 sum b
  *
- * So each tile computes one more row, of the codes 0, and subtracts it from the others.
+ * The sums of b are known from packing, and conv.c adds their 128 fold to `add`, as it subtracts the zero
+ * point's: `offset` in the kernel table tells it to.
  *
- * The tile. 8 rows and the row of zeros x half a panel, 8 outputs, = 18 accumulators; 8 registers
- * hold A, 2 hold B, 1 the bytes 0x80, and 1 a mask for the codes of 4 bits: 30 of 32.
+ * The tile. 8 rows x half a panel, 8 outputs, = 16 accumulators; 8 registers hold A, 2 hold B, 1 the bytes
+ * 0x80, and 1 a mask for the codes of 4 bits: 28 of 32.
  *
  *             B: 4 k x 4 outputs     B: 4 k x 4 outputs
  *             [ o0  o1  o2  o3 ]     [ o4  o5  o6  o7 ]     and as many for the next 4 k
  *     a0 ->   [ acc 0,0        ]     [ acc 0,1        ]
  *      :      [   :            ]     [   :            ]     a_i: 8 bytes of row i = two groups of 4 k
  *     a7 ->   [ acc 7,0        ]     [ acc 7,1        ]
- *     -128 -> [ acc 8,0        ]     [ acc 8,1        ]
  *
- * Why this shape. A step of 8 k is 512 multiplications in 10 loads, 36 sdot and 8 eor: 22 cycles where
- * two vector operations start in a cycle (24 with 4 bits), 16 if A were signed and had no need of the
- * last row. 4 rows x 16 outputs would cost the same, but gcc 12 keeps one of their 20 accumulators in
- * memory and moves 8 others: 28 cycles. (Cycles by llvm-mca's model of the Neoverse N1, not measured.)
+ * Why this shape. A step of 8 k is 512 multiplications in 10 loads, 32 sdot and 8 eor: 20 cycles where
+ * two vector operations start in a cycle (22 with 4 bits), 16 if A were signed. (Cycles by llvm-mca's
+ * model of the Neoverse N1, not measured.)
  *
  * Tails. Fewer rows: the same text with another constant, 8 kernels in all. Fewer outputs: pack.c
  * filled the panel with zeros; a half without outputs is not computed, the other one is stored by way
@@ -64,18 +63,16 @@ RQ_INLINE void store(int32_t *c, const int32x4_t low, const int32x4_t high, cons
 /* Outputs first .. first + 7 of the tile, that is one half of a panel. */
 RQ_INLINE void half_panel(const struct rq_tile *t, const int first, const int rows, const int bits)
 {
-    int32x4_t acc[ROWS + 1][2];
-    int8x8_t a[ROWS + 1];
+    int32x4_t acc[ROWS][2];
+    int8x8_t a[ROWS];
     const uint8_t *row[ROWS];
     const int8_t *b = t->b + first / RQ_PANEL * t->panel_bytes + first % RQ_PANEL * 4;
 
     RQ_UNROLL
-    for (int i = 0; i < rows; i++)
+    for (int i = 0; i < rows; i++) {
         row[i] = t->a[i];
-    a[rows] = vdup_n_s8(-128); /* the row of zeros */
-    RQ_UNROLL
-    for (int i = 0; i <= rows; i++)
         acc[i][0] = acc[i][1] = vdupq_n_s32(0);
+    }
 
     for (int64_t s = 0; s < t->segments; s++) {
         const int64_t begin = s * t->segment_stride, end = begin + t->steps * RQ_STEP;
@@ -90,10 +87,10 @@ RQ_INLINE void half_panel(const struct rq_tile *t, const int first, const int ro
                 const int8x16_t b0 = bits == 8 ? both : vshlq_n_s8(both, 4);
                 const int8x16_t b1 = bits == 8 ? vld1q_s8(b + 64 + 16 * j) : vandq_s8(both, vdupq_n_s8(-16));
                 RQ_UNROLL
-                for (int i = 0; i <= rows; i++)
+                for (int i = 0; i < rows; i++)
                     acc[i][j] = vdotq_lane_s32(acc[i][j], b0, a[i], 0);
                 RQ_UNROLL
-                for (int i = 0; i <= rows; i++) {
+                for (int i = 0; i < rows; i++) {
                     acc[i][j] = vdotq_lane_s32(acc[i][j], b1, a[i], 1);
                     RQ_KEEP(acc[i][j]); /* gcc 12 else moves 6 sums between registers, 25 cycles */
                 }
@@ -107,9 +104,7 @@ RQ_INLINE void half_panel(const struct rq_tile *t, const int first, const int ro
         int32x4_t sum[2];
         RQ_UNROLL
         for (int j = 0; j < 2; j++) {
-            sum[j] = vsubq_s32(acc[i][j], acc[rows][j]);
-            if (bits == 4)
-                sum[j] = vshrq_n_s32(sum[j], 4); /* it was 16 times the sum */
+            sum[j] = bits == 8 ? acc[i][j] : vshrq_n_s32(acc[i][j], 4); /* it was 16 times the sum */
             sum[j] = vaddq_s32(sum[j], vld1q_s32(t->add + first + 4 * j));
         }
         store(t->c + t->at[i] * t->ldc + first, sum[0], sum[1], t->columns - first);
@@ -140,6 +135,22 @@ void rq_tile_s4_neondot(const struct rq_tile *t, int rows, int panels)
     switch (rows) {
         ALL_ROWS(4)
     }
+}
+
+int64_t rq_peak_neondot(int64_t rounds)
+{
+    int32x4_t acc[16];
+    const int8x16_t a = vdupq_n_s8(1);
+    RQ_UNROLL
+    for (int i = 0; i < 16; i++)
+        acc[i] = vdupq_n_s32(0);
+    for (int64_t r = 0; r < rounds; r++)
+        RQ_UNROLL
+        for (int i = 0; i < 16; i++) {
+            acc[i] = vdotq_s32(acc[i], a, a);
+            RQ_KEEP(acc[i]);
+        }
+    return rounds * 16 * 16;
 }
 
 RQ_TARGET_END

@@ -32,14 +32,14 @@ enum {
     RQ_TILE_WIDTH = RQ_PAIR * RQ_PANEL
 };
 
-/* One tile: c[at[i]][j] = add[j] + sum over k of a[i][k] b[k][j]. */
+/* One tile: c[at[i]][j] = add[j] + sum over k of (a[i][k] - offset) b[k][j], with the kernel's own offset. */
 struct rq_tile {
     const uint8_t *const *a;  /* first byte of each row */
     int64_t segments, segment_stride, steps;  /* of a row: how many, bytes between them, steps in each */
     const int8_t *b;          /* first panel */
     int64_t panel_bytes;      /* from one panel to the next */
     int64_t gap;              /* bytes of a panel to leave out after each segment */
-    const int32_t *add;       /* 16 for each panel: zero points and bias */
+    const int32_t *add;       /* 16 for each panel: zero points, offset and bias */
     int32_t *c;
     int64_t ldc;              /* elements from row to row */
     const int64_t *at;        /* row of c of each row of a */
@@ -63,6 +63,7 @@ struct rq_kernel {
     const char *name;
     uint32_t needs;
     int rows;              /* most rows of a tile */
+    int offset;            /* 128 where an instruction reads a as signed; else 0 */
     rq_tile_fn *tile_s8;   /* weights of 8 bits */
     rq_tile_fn *tile_s4;   /* weights of 4 bits, two in a byte */
     rq_output_fn *dequantize, *requantize;
@@ -80,7 +81,7 @@ rq_output_fn rq_dequantize_scalar, rq_requantize_scalar;
 rq_output_fn rq_dequantize_avx2, rq_requantize_avx2;
 rq_output_fn rq_dequantize_avx512, rq_requantize_avx512;
 
-rq_peak_fn rq_peak_avx2, rq_peak_avxvnni, rq_peak_avx512vnni;
+rq_peak_fn rq_peak_avx2, rq_peak_avxvnni, rq_peak_avx512vnni, rq_peak_neondot;
 
 /* How packed weights lie in memory; see pack.c. */
 struct rq_layout {
@@ -89,8 +90,9 @@ struct rq_layout {
 };
 struct rq_layout rq_layout_of(int64_t outputs, int64_t segments, int64_t length, int bits);
 
-/* The thread team (threads.c): run task(context, i) on this thread and on up to `threads` - 1 others. */
-typedef void rq_task(void *context);
+/* The thread team (threads.c): run task(context, who) on this thread, number 0, and on up to `threads` - 1 others. A
+ * member has the same number in every call: what it has worked on before is in its caches. */
+typedef void rq_task(void *context, int who);
 void rq_team_run(int threads, rq_task *task, void *context);
 /* Scratch memory of the calling thread, at least `bytes` long, 64-byte aligned; it keeps its place and
  * content until the next call of this function by the same thread. NULL: no memory. */

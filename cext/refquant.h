@@ -13,6 +13,7 @@
  *     slab.c             the pixels of a unit of work, and which part of the window each of them needs
  *     conv.c             convolution and matrix product: cut into units, units into tiles
  *     output.c           what becomes of a sum: int32, float32, or uint8 by fixed point
+ *     islands.c ...      what is computed in real numbers between two integer layers
  *     threads.c          the thread team
  *     cpu.c, dispatch.c  what this processor can execute; one table of kernels
  *
@@ -122,6 +123,20 @@ struct rq_output {
 #define RQ_ALONE_BELOW 1000000  /* multiplications, some 5 microseconds: less than a team gains */
 int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_weights *w,
               int64_t stride, int64_t padding, const struct rq_output *y);
+
+/* The float islands between two integer layers (islands.c). kind is RQ_FLOAT32, or RQ_UINT8: codes
+ * limit(round(y / scale) + zero_point, 0, qmax), ties to even. Error bounds: refquant/ref/islands.py.
+ * RQ_ERR_RANGE: also where a number is no number; y then has no meaning. y overlaps no operand, but for
+ * rq_add, where it may be an operand. */
+int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixels, int64_t c, int64_t groups,
+                  const float *gamma, const float *beta, double eps, int silu, int kind, float scale,
+                  int32_t zero_point, int32_t qmax, void *y);
+int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, int kind, float scale,
+                int32_t zero_point, int32_t qmax, void *y);
+int rq_softmax(int row, int threads, const void *scores, int ints, double factor, int64_t lines, int64_t length,
+               int kind, float scale, int32_t qmax, void *y);
+int rq_add(int row, int threads, const float *a, const float *b, int64_t count, float *y);
+int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width, int64_t pixel_bytes, void *y);
 
 /* cffi: end */
 

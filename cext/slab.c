@@ -6,6 +6,10 @@
  * last step of a segment whose length is no multiple of 8. An image without a frame and without such a
  * rest is read where it is.
  *
+ * The next image needs the same lines: frame, parts and addresses are those of the one before, and only
+ * the pixels are copied (of 16 images of 32 x 32 pixels and 32 channels, the rest would take 3 % of the
+ * time).
+ *
  * The parts. A frame pixel means 0 and adds (zx - zx) w = 0: its multiplications can be left out. The
  * pixels of a unit are therefore sorted by the part of the window that lies inside the image,
  *
@@ -52,20 +56,24 @@ static int32_t sum_bytes(const uint8_t *x, int64_t count)
     return (int32_t)total;
 }
 
-/* Copy the lines that `lines` lines of the result from line `first` on need, with their border. */
-static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, int64_t first, int64_t lines)
+/* Copy the lines that `lines` lines of the result from line `first` on need, with their frame if it is
+ * not there yet. */
+static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, int64_t first, int64_t lines,
+                      int framed)
 {
     const struct rq_input *x = j->x;
     const int zx = x->zero_point;
     const int64_t side = j->padding * x->c, inner = x->w * x->c;
     for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++) {
         const int64_t line = first * j->stride - j->padding + i;
-        if (line < 0 || line >= x->h) {
-            memset(slab, zx, (size_t)(2 * side + inner));
-        } else {
-            memset(slab, zx, (size_t)side);
+        const int is_inside = line >= 0 && line < x->h;
+        if (is_inside)
             memcpy(slab + side, image + line * x->line_stride, (size_t)inner);
+        if (is_inside && !framed) {
+            memset(slab, zx, (size_t)side);
             memset(slab + side + inner, zx, (size_t)side);
+        } else if (!framed) {
+            memset(slab, zx, (size_t)(2 * side + inner));
         }
         slab += 2 * side + inner;
     }
@@ -73,8 +81,7 @@ static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, 
 }
 
 /* Sum over the whole window of each row, from the sums over the channels of each pixel. */
-static void sum_windows(const struct job *j, struct bench *b, const uint8_t *start, int64_t n, int64_t first,
-                        int64_t lines)
+static void sum_windows(const struct job *j, struct bench *b, const uint8_t *start, int64_t first, int64_t lines)
 {
     const int64_t width = j->slab_width, c = j->x->c;
     for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++)
@@ -82,7 +89,7 @@ static void sum_windows(const struct job *j, struct bench *b, const uint8_t *sta
             b->pixel_sums[i * width + k] = sum_bytes(start + i * b->line_bytes + k * c, c);
     const struct part *last = &b->parts[b->part_count - 1];
     for (int64_t r = 0; r < last->first + last->rows; r++) {
-        const int64_t pixel = b->at[r] - n * j->ho * j->wo, line = pixel / j->wo - first, column = pixel % j->wo;
+        const int64_t line = b->at[r] / j->wo - first, column = b->at[r] % j->wo;
         uint32_t sum = 0;
         for (int64_t p = 0; p < j->w->kh; p++)
             for (int64_t q = 0; q < j->w->kw; q++)
@@ -118,19 +125,11 @@ static void add_part(const struct job *j, struct bench *b, struct part part, con
     b->parts[b->part_count++] = part;
 }
 
-void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first, int64_t lines)
+/* Sort the pixels of lines first .. first + lines - 1 into parts. */
+static void cut_parts(const struct job *j, struct bench *b, const uint8_t *start, int64_t first, int64_t lines)
 {
     const struct rq_input *x = j->x;
-    const uint8_t *image = x->data + n * x->image_stride, *start;
-    const int64_t kw = j->w->kw, at = (n * j->ho + first) * j->wo;
-    if (j->copies) {
-        fill_slab(j, b->slab, image, first, lines);
-        start = b->slab;
-        b->line_bytes = j->slab_width * x->c;
-    } else {
-        start = image + first * j->stride * x->line_stride;
-        b->line_bytes = x->line_stride;
-    }
+    const int64_t kh = j->w->kh, kw = j->w->kw, at = first * j->wo;
     /* columns 0 .. left-1 and right .. wo-1 have windows that hang over the sides */
     int64_t left = 0, right = j->wo, from, to;
     while (left < j->wo && (inside(j, left, x->w, kw, &from, &to), from > 0))
@@ -141,9 +140,9 @@ void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first
     b->part_count = 0;
     for (int64_t i = 0, end; i < lines; i = end) {
         struct part whole = {.q0 = 0, .q1 = kw}, other;
-        inside(j, first + i, x->h, j->w->kh, &whole.p0, &whole.p1);
+        inside(j, first + i, x->h, kh, &whole.p0, &whole.p1);
         for (end = i + 1; end < lines; end++) { /* lines that see the same part of the window */
-            inside(j, first + end, x->h, j->w->kh, &other.p0, &other.p1);
+            inside(j, first + end, x->h, kh, &other.p0, &other.p1);
             if (other.p0 != whole.p0 || other.p1 != whole.p1)
                 break;
         }
@@ -159,6 +158,28 @@ void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first
             inside(j, r, x->w, kw, &from, &other.q1);
         add_part(j, b, other, start, i, end, r, j->wo, at);
     }
+}
+
+void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first, int64_t lines)
+{
+    const struct rq_input *x = j->x;
+    const uint8_t *image = x->data + n * x->image_stride, *start = b->slab;
+    const int same_place = first == b->first && lines == b->lines; /* in another image */
+    b->y = *j->y;
+    b->y.data = (char *)b->y.data + n * j->ho * j->wo * b->y.ld * (b->y.kind == RQ_UINT8 ? 1 : 4);
+    if (b->y.residual)
+        b->y.residual += n * j->ho * j->wo * b->y.residual_ld;
+    if (j->copies) {
+        fill_slab(j, b->slab, image, first, lines, same_place);
+        b->line_bytes = j->slab_width * x->c;
+    } else {
+        start = image + first * j->stride * x->line_stride;
+        b->line_bytes = x->line_stride;
+    }
+    if (!(j->copies && same_place)) /* the slab has the same pixels at the same addresses */
+        cut_parts(j, b, start, first, lines);
     if (j->sums_pixels)
-        sum_windows(j, b, start, n, first, lines);
+        sum_windows(j, b, start, first, lines);
+    b->first = first;
+    b->lines = lines;
 }

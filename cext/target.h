@@ -35,4 +35,7 @@
 #define RQ_KEEP(value) __asm__ volatile("" : "+v"(value))
 #endif
 
+/* From here on, what `pointer` points to is read again and not kept in registers. */
+#define RQ_FORGET(pointer) __asm__ volatile("" : "+r"(pointer))
+
 #endif

@@ -26,7 +26,7 @@
 void rq_team_run(int threads, rq_task *task, void *context)
 {
     (void)threads;
-    task(context);
+    task(context, 0);
 }
 
 void *rq_scratch(int64_t bytes)
@@ -78,9 +78,9 @@ static int take_place(void)
     return 0;
 }
 
-static void *member(void *unused)
+static void *member(void *number)
 {
-    (void)unused;
+    const int who = (int)(intptr_t)number;
     for (;;) {
         int joined = 0;
         for (int round = 0; !joined && round < SPIN_ROUNDS; round++) {
@@ -98,7 +98,7 @@ static void *member(void *unused)
             atomic_fetch_sub(&team.asleep, 1);
             pthread_mutex_unlock(&team.mutex);
         }
-        team.task(team.context);
+        team.task(team.context, who);
         atomic_fetch_add(&team.finished, 1);
     }
     return NULL;
@@ -138,7 +138,7 @@ static void grow(int wanted)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (team.members < wanted) {
         pthread_t id;
-        if (pthread_create(&id, NULL, member, NULL))
+        if (pthread_create(&id, NULL, member, (void *)(intptr_t)(team.members + 1)))
             break;
         pthread_detach(id);
         team.members++;
@@ -152,7 +152,7 @@ void rq_team_run(int threads, rq_task *task, void *context)
     if (threads > MOST_MEMBERS + 1)
         threads = MOST_MEMBERS + 1;
     if (threads < 2 || atomic_flag_test_and_set(&team.taken)) {
-        task(context);
+        task(context, 0);
         return;
     }
     if (team.members < threads - 1)
@@ -168,7 +168,7 @@ void rq_team_run(int threads, rq_task *task, void *context)
         pthread_mutex_unlock(&team.mutex);
     }
 
-    task(context);
+    task(context, 0);
 
     const int joined = offered - atomic_exchange(&team.places, 0);
     for (int round = 0; atomic_load(&team.finished) < joined; round++) {

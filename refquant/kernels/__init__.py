@@ -20,6 +20,14 @@ name that cannot be obeyed is an error, never another kernel in silence.
 from ..ref.output import Dequantize, Requantize
 from ._conv import conv2d, gemm
 from ._dispatch import active, available, build_info, supported, use, using
+from ._islands import (
+    group_norm_silu_quantize,
+    quantize,
+    residual_add,
+    silu_quantize,
+    softmax_quantize,
+    upsample_nearest,
+)
 from ._peak import peak_gops
 from ._verify import Verification, verify
 from ._weights import PackedWeights, pack_weights
@@ -34,9 +42,15 @@ __all__ = [
     "build_info",
     "conv2d",
     "gemm",
+    "group_norm_silu_quantize",
     "pack_weights",
     "peak_gops",
+    "quantize",
+    "residual_add",
+    "silu_quantize",
+    "softmax_quantize",
     "supported",
+    "upsample_nearest",
     "use",
     "using",
     "verify",

@@ -36,6 +36,7 @@ class PackedWeights:
         self.zero_point = zero_point
         self.reach = int(np.maximum(127 - zero_point, 128 + zero_point).max(initial=128))  # of |w - zw|
         self._codes, self.c = None, None
+        self.plan: Any = None  # of the last call with these weights, see _conv.py
         if lib is None:
             self._codes = codes.copy()  # NumPy has no use for another order
             self.nbytes = codes.nbytes * bits // 8

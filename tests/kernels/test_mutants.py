@@ -25,7 +25,15 @@ MUTANTS = {
     "a corner is subtracted twice": ("scalar", "conv.c", " + corner[3][o]", ""),
     "sums over windows of x are forgotten": ("scalar", "conv.c", "j.sums_pixels = w->zero_points[o] != 0", ";"),
     "K zx zw is forgotten": ("scalar", "conv.c", "+ k * zx * zw", "+ 0 * k * zx * zw"),
-    "the bias is forgotten": ("scalar", "conv.c", "(bias - zx", "(0 * bias - zx"),
+    "the bias is forgotten": ("scalar", "conv.c", "(bias - (zx", "(0 * bias - (zx"),
+    "other lines have the pixels of the first": (
+        "scalar", "slab.c", "first == b->first && lines == b->lines", "b->lines > 0",
+    ),
+    "the next image has the pixels of the first": (
+        "scalar", "slab.c", "if (is_inside)\n", "if (is_inside && !framed)\n",
+    ),
+    "all images have the result of the first": ("scalar", "slab.c", "+ n * j->ho * j->wo * b->y.ld *", "+ 0 *"),
+    "all images have the residual of the first": ("scalar", "slab.c", "n * j->ho * j->wo * b->y.residual_ld", "0"),
     "one code of output 15 is lost": ("scalar", "pack.c", "k < l.length; k++", "k < l.length - (o % 16 == 15); k++"),
     "codes of 4 bits are unsigned": ("scalar", "gemm_scalar.c", "half < 8 ? half : half - 16", "half"),
     "one output too many is stored": ("scalar", "gemm_scalar.c", "j < t->columns", "j <= t->columns"),
@@ -49,11 +57,17 @@ MUTANTS = {
         "avx512vnni", "gemm_avx512vnni.c", "_mm512_srai_epi32(acc[i][j], 4)", "_mm512_srli_epi32(acc[i][j], 4)",
     ),
     "avx512: outputs 0 to 7 and 8 to 15 exchanged": (
-        "avx512vnni", "output_avx512.c", "q0, low_halves, q1", "q1, low_halves, q0",
+        "avx512vnni", "output_avx512.c", "q[0], q[1], 0x88", "q[1], q[0], 0x88",
     ),
     "avx512: two roundings": (
         "avx512vnni", "output_avx512.c",
-        "_mm512_fmadd_pd(s0, m0, integers)", "_mm512_add_pd(_mm512_mul_pd(s0, m0), integers)",
+        "_mm512_fmadd_pd(sum, m[i], integers)", "_mm512_add_pd(_mm512_mul_pd(sum, m[i]), integers)",
+    ),
+    "avx512: of two rows the first is stored twice": (
+        "avx512vnni", "output_avx512.c", "i + 1 < rows ? sum + RQ_TILE_WIDTH : sum", "sum",
+    ),
+    "avx512: words of two rows in the order of packing": (
+        "avx512vnni", "output_avx512.c", "_mm512_permutexvar_epi16(order, two)", "(0 ? order : two)",
     ),
 }  # fmt: skip
 

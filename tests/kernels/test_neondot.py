@@ -83,20 +83,23 @@ def test_a_processor_without_the_instruction(aarch64, corners):
 
 
 MUTANTS = {
-    "a stays unsigned": ("veor_u8(vld1_u8(a), vdup_n_u8(0x80))", "vld1_u8(a)"),
-    "the row of zeros is not subtracted": ("vsubq_s32(acc[i][j], acc[rows][j])", "acc[i][j]"),
-    "group 0 twice": ("a[i], 1)", "a[i], 0)"),
-    "both halves of a panel are the first": ("first % RQ_PANEL * 4", "0"),
-    "8 outputs are stored where there are 7": ("columns < OUTPUTS", "columns < OUTPUTS - 1"),
-    "the low halves stay in the high ones": ("vandq_s8(both, vdupq_n_s8(-16))", "both"),
-    "sums of 4 bits are shifted by 3": ("vshrq_n_s32(sum[j], 4)", "vshrq_n_s32(sum[j], 3)"),
-    "segments lie together": ("s * t->segment_stride", "s * t->steps * RQ_STEP"),
-    "one step too many": ("end = begin + t->steps * RQ_STEP", "end = begin + (t->steps + 1) * RQ_STEP"),
-}
+    "a stays unsigned": ("gemm_neondot.c", "veor_u8(vld1_u8(a), vdup_n_u8(0x80))", "vld1_u8(a)"),
+    "what sdot has subtracted is not added": ("dispatch.c", "RQ_CPU_NEONDOT, 8, 128", "RQ_CPU_NEONDOT, 8, 0"),
+    "group 0 twice": ("gemm_neondot.c", "a[i], 1)", "a[i], 0)"),
+    "both halves of a panel are the first": ("gemm_neondot.c", "first % RQ_PANEL * 4", "0"),
+    "8 outputs are stored where there are 7": ("gemm_neondot.c", "columns < OUTPUTS", "columns < OUTPUTS - 1"),
+    "the low halves stay in the high ones": ("gemm_neondot.c", "vandq_s8(both, vdupq_n_s8(-16))", "both"),
+    "sums of 4 bits are shifted by 3": ("gemm_neondot.c", "vshrq_n_s32(acc[i][j], 4)", "vshrq_n_s32(acc[i][j], 3)"),
+    "segments lie together": ("gemm_neondot.c", "s * t->segment_stride", "s * t->steps * RQ_STEP"),
+    "one step too many": (
+        "gemm_neondot.c", "end = begin + t->steps * RQ_STEP", "end = begin + (t->steps + 1) * RQ_STEP",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_found(aarch64, corners, mutant):
     """A wrong kernel gives a wrong element, or reads where it may not."""
-    done = aarch64.program(DRIVER, aarch64.mutate("gemm_neondot.c", MUTANTS[mutant]))(corners[0])
+    file, *change = MUTANTS[mutant]
+    done = aarch64.program(DRIVER, aarch64.mutate(file, change))(corners[0])
     assert done.stdout.startswith("neondot: ") or done.returncode == -signal.SIGSEGV, done.stdout + done.stderr

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from refquant import cli, kernels
-from refquant.bench import kernel_peers
+from refquant.bench import kernel_peers, kernel_turn
 from refquant.bench import kernels as bench
 from refquant.bench.kernel_peers import Engine
 from refquant.bench.kernel_problems import SHAPES, Problem, Shape
+from refquant.bench.kernel_turn import OURS, Task
 from refquant.errors import RangeError, RefquantError
 
 TINY = (Shape(1, 8, 16, 4, 3), Shape(2, 4, 17, 3, 1))
@@ -19,9 +20,10 @@ ISA = kernels.supported()[-1]
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Two small shapes, turns of a millisecond, and NumPy as the only peer."""
+    """Two small shapes, turns of a millisecond in this process, and NumPy as the only peer."""
     monkeypatch.setattr(bench, "SHAPES", TINY)
     monkeypatch.setattr(bench, "TURN", 0.001)
+    monkeypatch.setattr(kernel_turn, "elsewhere", kernel_turn.measure)
     monkeypatch.setattr(kernel_peers, "CONVOLUTIONS", {})
     return monkeypatch
 
@@ -62,12 +64,13 @@ def test_every_contender_has_a_time_for_every_round(tiny, options, kinds):
         assert set(row["ratios"]) == compared  # a float32 convolution is no rival of an integer one
 
 
-def test_ratios_are_those_of_codes_within_a_round(with_peer):
+def test_ratios_are_those_of_codes(with_peer):
+    """Of the medians, in the range of those within a round."""
     for row in run()["shapes"]:
         ours, theirs = (np.array(row["seconds"][name]) for name in (f"{ISA} uint8", "same"))
         assert row["best_peer"] == "same" and list(row["ratios"]) == [f"{ISA} uint8"]
         assert row["ratios"][f"{ISA} uint8"] == {
-            "median": pytest.approx(np.median(theirs / ours)),
+            "median": pytest.approx(np.median(theirs) / np.median(ours)),
             "least": pytest.approx(min(theirs / ours)),
             "most": pytest.approx(max(theirs / ours)),
         }
@@ -87,7 +90,7 @@ def test_a_broken_kernel_stops_it_before_any_time(tiny, capsys):
             out[1, 2, 0, 16] ^= 1
 
     tiny.setattr(kernels, "conv2d", broken)
-    tiny.setattr(bench.Contender, "turn", lambda self: pytest.fail("timed"))
+    tiny.setattr(kernel_turn, "elsewhere", lambda task: pytest.fail("timed"))
     with pytest.raises(RefquantError, match=r"differs .* 2,4->17,3x3,1 int32 in 1 of 306 .*\(1, 2, 0, 16\).*verify"):
         run()
     assert cli.main(["bench", "kernels", "--quiet"]) == 2
@@ -102,7 +105,7 @@ def test_a_peer_that_is_not_installed_has_a_row(tiny, capsys, tmp_path):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert any(line.startswith("other:") and "not installed" in line for line in lines)
-    assert "No peer computes the same here" in out and "timing 2,4->17,3x3,1" in err
+    assert "No peer computes the same here" in out and "round 2 of 2: numpy float32" in err
     found = json.loads(path.read_text())
     assert found["peers"] == {"other": None, "numpy float32": f"numpy {np.__version__}"}
     assert found["what"] == "kernels" and found["repeats"] == 2 and len(found["shapes"]) == 2
@@ -118,6 +121,41 @@ def test_a_peer_that_is_wrong_or_fails_is_not_timed(tiny, capsys, make, reason):
         assert "other" not in row["seconds"] and reason in row["unfit"]["other"]
     assert cli.main(["bench", "kernels", "--repeats", "1", "--quiet"]) == 0
     assert "other, 1,8->16,4x4,3: not timed" in capsys.readouterr().out
+
+
+def test_a_turn_has_a_process_of_its_own():
+    """It finds what the same turn finds here; the prints of other libraries do not spoil its answer."""
+    for contender, columns in ((OURS, [f"{ISA} int32", f"{ISA} uint8"]), ("numpy float32", ["numpy float32"])):
+        task = Task(contender, TINY, (ISA,), 2, False, False, 0, 0, 0.001, first=True)
+        for found in (kernel_turn.elsewhere(task), kernel_turn.measure(task)):
+            assert list(found["seconds"]) == [str(shape) for shape in TINY] and found["unfit"] == {}
+            assert all(list(row) == columns and min(row.values()) > 0 for row in found["seconds"].values())
+            assert list(found["peak_gops"]) == ([ISA] if contender == OURS else [])
+
+
+def test_a_process_that_fails_says_why():
+    task = Task(OURS, TINY, ("no kernel",), 1, False, False, 0, 0, 0.001, first=True)
+    with pytest.raises(RefquantError, match="process of refquant ended with status 1: .*UnsupportedISA: 'no kernel'"):
+        kernel_turn.elsewhere(task)
+
+
+def test_what_a_failed_process_means(tiny):
+    """A peer's is the reason for its absence, ours ends the benchmark."""
+
+    def fails(contender):
+        def elsewhere(task):
+            if task.contender == contender:
+                raise RefquantError(f"bench: the process of {contender} ended")
+            return kernel_turn.measure(task)
+
+        return elsewhere
+
+    tiny.setattr(kernel_turn, "elsewhere", fails("numpy float32"))
+    for row in run()["shapes"]:
+        assert "numpy float32" not in row["seconds"] and "ended" in row["unfit"]["numpy float32"]
+    tiny.setattr(kernel_turn, "elsewhere", fails(OURS))
+    with pytest.raises(RefquantError, match="ended"):
+        run()
 
 
 def test_tables(with_peer, capsys):
@@ -158,10 +196,8 @@ def test_installed_peers_compute_the_same(name, zero_point):
     if missing:
         pytest.skip(f"{', '.join(missing)}: not installed")
     for shape in (*TINY, Shape(2, 32, 48, 7, 3)):
-        contenders, unfit = bench._others(Problem(shape, zero_point, False, 3), [name])
-        assert list(contenders) == [name], unfit
+        kernel_turn.peer(Problem(shape, zero_point, False, 3), name, 2, check=True)
 
 
 def test_the_float_product_is_the_integer_one():
-    contenders, unfit = bench._others(Problem(Shape(1, 64, 16, 8, 3), 9, True, 0), ["numpy float32"])
-    assert list(contenders) == ["numpy float32"], unfit
+    kernel_turn.peer(Problem(Shape(1, 64, 16, 8, 3), 9, True, 0), "numpy float32", 2, check=True)

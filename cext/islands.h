@@ -1,0 +1,72 @@
+/* islands.h - what the files islands*.c say to each other; private to them.
+ *
+ * A float island is the part of an integer network between two integer layers that is computed in real
+ * numbers: normalise, apply SiLU or softmax, and make codes again. islands.c cuts an island into units
+ * (an image, a line of scores, a chunk of elements), islands_units.c does a unit with the functions below.
+ * These are written once, in islands_body.h, for a register of any width, and compiled three times.
+ */
+#ifndef REFQUANT_ISLANDS_H
+#define REFQUANT_ISLANDS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+enum {
+    RQ_BLOCK = 16, /* elements that are taken at once whatever the register: a line of 64 bytes of float32 */
+    RQ_CHUNK = 8192  /* elements of a unit where any cut will do: 32 KiB of float32 */
+};
+
+/* y = f(z), z = (x - shift[p]) * slope[p] + offset[p] for element i of x, p = i mod period; or z = x. */
+struct rq_pointwise {
+    int64_t period;  /* a multiple of RQ_BLOCK; 0: z = x, and numbers that are not finite are reported */
+    const double *shift, *slope, *offset;
+    int tame;        /* no |z| is above 600, and shift is 0 */
+    int silu;        /* f(z) = z / (unit + unit e^-z), else z */
+    int codes;       /* y is rounded to a code; else it is stored as float32 */
+    double unit;     /* the scale of the codes, or 1 */
+    int zero_point, qmax;
+};
+
+/* Each function reads and writes exactly the elements that it is given. The int is 0, or 1 where there
+ * is something that has no code (NaN; where said, infinities); the result then has no meaning. */
+struct rq_islands {
+    /* out[p] = sum over i = p, p + period, ... < count of x[i] - shift[p], in this order, in double */
+    void (*sums)(const float *x, int64_t count, int64_t period, const double *shift, double *out);
+    /* the same of (x[i] - shift[p])^2 */
+    void (*squares)(const float *x, int64_t count, int64_t period, const double *shift, double *out);
+    int (*pointwise)(const float *x, int64_t count, const struct rq_pointwise *f, void *out);
+    /* codes of x / unit, divided in float32; infinities saturate */
+    int (*quantize)(const float *x, int64_t count, const struct rq_pointwise *f, uint8_t *out);
+    /* softmax of scale * scores (float32, or int32 if `ints`); room: `count` doubles, rounded up to a block */
+    int (*softmax)(const void *scores, int ints, int64_t count, double scale, const struct rq_pointwise *f,
+                   double *room, void *out);
+    void (*add)(const float *a, const float *b, int64_t count, float *out);
+};
+
+extern const struct rq_islands rq_islands_scalar, rq_islands_avx2, rq_islands_avx512;
+
+/* A call: the operands, and what is left to do. */
+struct rq_island {
+    const struct rq_islands *isa;
+    void (*unit)(struct rq_island *, int64_t);
+    int64_t units, count;  /* count: elements altogether, of an image, or of a line */
+    const void *x, *other;
+    uint8_t *y;
+    int64_t y_size;        /* bytes of an element of y */
+    struct rq_pointwise f;
+    int64_t c, groups, width;
+    const float *gamma, *beta;
+    double number;         /* eps of group norm, scale of the scores */
+    int ints;
+    atomic_int_least64_t next;
+    atomic_int status;
+};
+
+void rq_normalise_image(struct rq_island *j, int64_t n);
+void rq_share_line(struct rq_island *j, int64_t line);
+void rq_make_codes(struct rq_island *j, int64_t chunk);
+void rq_add_chunk(struct rq_island *j, int64_t chunk);
+void rq_double_line(struct rq_island *j, int64_t line);
+void rq_island_failed(struct rq_island *j, int status);
+
+#endif

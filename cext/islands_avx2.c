@@ -1,0 +1,74 @@
+/* islands_avx2.c - the float islands with registers of 256 bits: islands_body.h, 4 doubles at a time.
+ *
+ * Only operations that give in each lane what plain C gives: vaddpd, vmulpd, vdivpd, vminpd, vmaxpd,
+ * conversions. No vfmaddpd, which rounds once where plain C rounds twice. A block of 16 doubles becomes
+ * codes by four vcvtpd2dq, which round ties to even, and two steps of packing.
+ */
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+#include "islands.h"
+#include "target.h"
+
+RQ_TARGET_BEGIN("avx2")
+
+enum { LANES = 4, FLOATS = 8 };
+typedef __m256d wide;
+typedef __m256 narrow;
+
+RQ_INLINE wide all(double x) { return _mm256_set1_pd(x); }
+RQ_INLINE wide load(const double *p) { return _mm256_loadu_pd(p); }
+RQ_INLINE wide load_floats(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+RQ_INLINE wide load_ints(const int32_t *p) { return _mm256_cvtepi32_pd(_mm_loadu_si128((const __m128i *)p)); }
+RQ_INLINE void store(double *p, wide x) { _mm256_storeu_pd(p, x); }
+RQ_INLINE void store_floats(float *p, wide x) { _mm_storeu_ps(p, _mm256_cvtpd_ps(x)); }
+RQ_INLINE wide least(wide a, wide b) { return _mm256_min_pd(a, b); }
+RQ_INLINE wide most(wide a, wide b) { return _mm256_max_pd(a, b); }
+
+/* p * 2^k, k being the low bits of t: added to the exponent of p. */
+RQ_INLINE wide times_power(wide p, wide t)
+{
+    const __m256i k = _mm256_slli_epi64(_mm256_castpd_si256(t), 52);
+    return _mm256_castsi256_pd(_mm256_add_epi64(_mm256_castpd_si256(p), k));
+}
+
+/* 16 integers, four registers of 4 in order, plus the zero point: none above 255; packing brings to 0 what is below
+ * it, also the -2^31 that a conversion makes of anything smaller. */
+RQ_INLINE void store_bytes(uint8_t *out, __m128i q0, __m128i q1, __m128i q2, __m128i q3, int zero_point)
+{
+    const __m128i z = _mm_set1_epi16((short)zero_point);
+    const __m128i low = _mm_adds_epi16(_mm_packs_epi32(q0, q1), z);
+    const __m128i high = _mm_adds_epi16(_mm_packs_epi32(q2, q3), z);
+    _mm_storeu_si128((__m128i *)out, _mm_packus_epi16(low, high));
+}
+
+RQ_INLINE void store_codes(uint8_t *out, const wide *q, int zero_point)
+{
+    store_bytes(out, _mm256_cvtpd_epi32(q[0]), _mm256_cvtpd_epi32(q[1]), _mm256_cvtpd_epi32(q[2]),
+                _mm256_cvtpd_epi32(q[3]), zero_point);
+}
+
+RQ_INLINE narrow all_narrow(float x) { return _mm256_set1_ps(x); }
+RQ_INLINE narrow load_narrow(const float *p) { return _mm256_loadu_ps(p); }
+RQ_INLINE void store_narrow(float *p, narrow x) { _mm256_storeu_ps(p, x); }
+RQ_INLINE narrow least_narrow(narrow a, narrow b) { return _mm256_min_ps(a, b); }
+RQ_INLINE narrow most_narrow(narrow a, narrow b) { return _mm256_max_ps(a, b); }
+
+RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
+{
+    const __m256i q0 = _mm256_cvtps_epi32(q[0]), q1 = _mm256_cvtps_epi32(q[1]);
+    store_bytes(out, _mm256_castsi256_si128(q0), _mm256_extracti128_si256(q0, 1), _mm256_castsi256_si128(q1),
+                _mm256_extracti128_si256(q1, 1), zero_point);
+}
+
+#include "islands_body.h"
+
+const struct rq_islands rq_islands_avx2 = {sums, squares, pointwise, quantize, softmax, add};
+
+RQ_TARGET_END
+
+#endif

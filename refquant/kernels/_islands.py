@@ -1,0 +1,358 @@
+"""Float islands on the active kernel: normalise, SiLU, softmax, make codes, add, enlarge.
+
+What they compute, and how exactly, stands in `refquant.ref.islands`; here operands are checked and handed over. The
+active kernel `ref` is that NumPy definition; all kernels in C give the same bits as each other, whatever the number
+of threads. An operand whose elements do not lie together is copied; `out` must be as it is to be filled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ShapeError
+from ..ref import islands
+from ..threads import get_threads
+from ._dispatch import active
+from ._ext import ROWS, ffi, lib
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.uint8]
+Result = NDArray[Any]
+Stage = tuple[float, int, int]  # scale, zero point, largest code
+
+
+def group_norm_silu_quantize(
+    x: Floats,
+    gamma: Floats,
+    beta: Floats,
+    groups: int,
+    *,
+    eps: float = 1e-6,
+    silu: bool = True,
+    scale: float | None = None,
+    zero_point: int = 0,
+    bits: int = 8,
+    out: Result | None = None,
+) -> Result:
+    """Group normalisation, SiLU and quantization at once: z = gamma (x - m) / sqrt(v + eps) + beta, y = z / (1 + e^-z).
+
+    m and v are mean and variance over the pixels and the C / groups channels of a group, image by image.
+
+    Parameters
+    ----------
+    x : float32 array, (N, H, W, C)
+    gamma, beta : float32 arrays, (C,)
+    groups : int
+        A divisor of C.
+    eps : float
+        1e-30 to 1e30.
+    silu : bool
+        False: y = z.
+    scale : float, optional
+        Rounded to float32; a positive normal number. None: the result is float32.
+    zero_point : int
+        The code of 0, 0 to 2^bits - 1.
+    bits : int
+        2 to 8.
+    out : array, (N, H, W, C), optional
+        Filled and returned: C-contiguous, uint8 if there is a scale, else float32; overlapping no operand.
+
+    Returns
+    -------
+    array, (N, H, W, C)
+        Codes limit(round(y / scale) + zero_point, 0, 2^bits - 1), ties to even, or y in float32.
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype, number of axes, groups or `out`.
+    RangeError
+        A parameter out of range, or NaN or infinity in x, gamma or beta; `out` then has no meaning.
+
+    Notes
+    -----
+    The float32 result is within 0.6 ulp of y computed in float64, plus 2^-36 (|gamma| + |beta|) where z is a small
+    difference of large terms; the codes are those of the float64 y, except where y / scale is within 2e-6 of a
+    rounding boundary. (M = H W C / groups up to 10^4; beyond, 2^-36 grows as H W sqrt(M).)
+    """
+    name = "group_norm_silu_quantize"
+    groups, eps = islands.check_group_norm(x, gamma, beta, groups, eps)
+    stage = None if scale is None else islands.check_codes(name, scale, zero_point, bits)
+    out = _target(name, x.shape, np.float32 if stage is None else np.uint8, out, x, gamma, beta)
+    isa = active()
+    if isa == "ref":
+        out[...] = islands.group_norm_silu_quantize(
+            x, gamma, beta, groups, eps=eps, silu=silu, scale=scale, zero_point=zero_point, bits=bits
+        )
+        return out
+    n, h, w, c = x.shape
+    status = lib.rq_group_norm(
+        ROWS[isa], get_threads(), _floats(x), n, h * w, c, groups, _floats(gamma), _floats(beta), eps, bool(silu),
+        *_stage(stage), _filled(out),
+    )  # fmt: skip
+    if status == _OUT_OF_RANGE:
+        for label, array in (("x", x), ("gamma", gamma), ("beta", beta)):
+            islands.check_finite(name, label, array)
+    _done(name, status)
+    return out
+
+
+def silu_quantize(
+    x: Floats, *, scale: float | None = None, zero_point: int = 0, bits: int = 8, out: Result | None = None
+) -> Result:
+    """SiLU and quantization at once: y = x / (1 + e^-x).
+
+    Parameters
+    ----------
+    x : float32 array, any shape
+    scale, zero_point, bits
+        As in `group_norm_silu_quantize`.
+    out : array, shape of x, optional
+        Filled and returned: C-contiguous, uint8 if there is a scale, else float32; not overlapping x.
+
+    Returns
+    -------
+    array, shape of x
+        uint8 codes, or float32 if there is no scale.
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype or `out`.
+    RangeError
+        A parameter out of range, or NaN or infinity in x.
+
+    Notes
+    -----
+    float32 within 0.6 ulp of the float64 y; codes as those of the float64 y up to 2e-6 of a step.
+    """
+    islands.check_floats("silu_quantize", x)
+    stage = None if scale is None else islands.check_codes("silu_quantize", scale, zero_point, bits)
+    out = _target("silu_quantize", x.shape, np.float32 if stage is None else np.uint8, out, x)
+    isa = active()
+    if isa == "ref":
+        out[...] = islands.silu_quantize(x, scale=scale, zero_point=zero_point, bits=bits)
+        return out
+    status = lib.rq_quantize(ROWS[isa], get_threads(), _floats(x), x.size, True, *_stage(stage), _filled(out))
+    if status == _OUT_OF_RANGE:
+        islands.check_finite("silu_quantize", "x", x)
+    _done("silu_quantize", status)
+    return out
+
+
+def quantize(x: Floats, scale: float, zero_point: int = 0, *, bits: int = 8, out: Codes | None = None) -> Codes:
+    """Codes of float32: exactly those of `refquant.quant.affine.quantize`, which divides in float32.
+
+    Parameters
+    ----------
+    x : float32 array, any shape
+        Infinities saturate.
+    scale, zero_point, bits
+        As in `group_norm_silu_quantize`.
+    out : uint8 array, shape of x, optional
+        Filled and returned: C-contiguous, not overlapping x.
+
+    Returns
+    -------
+    uint8 array, shape of x
+        limit(round(x / scale) + zero_point, 0, 2^bits - 1), ties to even.
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype or `out`.
+    RangeError
+        A parameter out of range, or NaN in x.
+
+    Examples
+    --------
+    >>> quantize(np.array([-1.0, 0.25, 0.75, 9.0], np.float32), 0.5, 2, bits=4)
+    array([ 0,  2,  4, 15], dtype=uint8)
+    """
+    islands.check_floats("quantize", x)
+    stage = islands.check_codes("quantize", scale, zero_point, bits)
+    out = _target("quantize", x.shape, np.uint8, out, x)
+    isa = active()
+    if isa == "ref":
+        out[...] = islands.quantize(x, scale, zero_point, bits=bits)
+        return out
+    status = lib.rq_quantize(ROWS[isa], get_threads(), _floats(x), x.size, False, *_stage(stage), _filled(out))
+    if status == _OUT_OF_RANGE:
+        islands.check_no_nan("quantize", x)
+    _done("quantize", status)
+    return out
+
+
+def softmax_quantize(
+    scores: NDArray[Any], *, factor: float = 1.0, scale: float | None = None, bits: int = 8, out: Result | None = None
+) -> Result:
+    """Softmax of factor * scores over the last axis, and quantization with zero_point 0, at once.
+
+    Parameters
+    ----------
+    scores : float32 or int32 array, (..., L), such as (N, L, L)
+        -inf is a mask: its share is 0.
+    factor : float
+        1e-30 to 1e30: the scale of int32 scores, or 1 / sqrt(C).
+    scale : float, optional
+        Of the codes, rounded to float32; a positive normal number. None: the result is float32.
+    bits : int
+        2 to 8.
+    out : array, shape of scores, optional
+        Filled and returned: C-contiguous, uint8 if there is a scale, else float32; not overlapping scores.
+
+    Returns
+    -------
+    array, shape of scores
+        Codes limit(round(y / scale), 0, 2^bits - 1), ties to even, or y in float32.
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype, no axis, or a wrong `out`.
+    RangeError
+        A parameter out of range, or a line with NaN, +inf or nothing but -inf.
+
+    Notes
+    -----
+    float32 within 0.6 ulp of the float64 y; codes as those of the float64 y up to 2e-6 of a step.
+    """
+    name = "softmax_quantize"
+    islands.check_scores(scores)
+    factor = islands.check_factor(name, "factor", factor)
+    stage = None if scale is None else islands.check_codes(name, scale, 0, bits)
+    out = _target(name, scores.shape, np.float32 if stage is None else np.uint8, out, scores)
+    isa = active()
+    if isa == "ref":
+        out[...] = islands.softmax_quantize(scores, factor=factor, scale=scale, bits=bits)
+        return out
+    length = scores.shape[-1]
+    kind, unit, _, qmax = _stage(stage)
+    status = lib.rq_softmax(
+        ROWS[isa], get_threads(), ffi.from_buffer(_whole(scores)), scores.dtype == np.int32, factor,
+        scores.size // length if length else 0, length, kind, unit, qmax, _filled(out),
+    )  # fmt: skip
+    if status == _OUT_OF_RANGE:
+        islands.check_lines(scores)
+    _done(name, status)
+    return out
+
+
+def residual_add(a: Floats, b: Floats, *, out: Floats | None = None) -> Floats:
+    """Add two float32 arrays, rounded once: what NumPy gives.
+
+    Parameters
+    ----------
+    a, b : float32 arrays of one shape
+    out : float32 array of that shape, optional
+        Filled and returned: C-contiguous. It may be a or b itself (`out=a` is a += b), and may overlap neither
+        otherwise.
+
+    Returns
+    -------
+    float32 array
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype, shapes that differ, or a wrong `out`.
+    """
+    islands.check_pair(a, b)
+    others = [x for x in (a, b) if out is None or not _same(out, x)]
+    out = _target("residual_add", a.shape, np.float32, out, *others)
+    isa = active()
+    if isa == "ref":
+        out[...] = islands.residual_add(a, b)
+        return out
+    _done("residual_add", lib.rq_add(ROWS[isa], get_threads(), _floats(a), _floats(b), a.size, _filled(out)))
+    return out
+
+
+def upsample_nearest(x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Enlarge images to twice their height and width: every pixel four times.
+
+    Parameters
+    ----------
+    x : uint8 or float32 array, (N, H, W, C)
+    out : array of that dtype, (N, 2H, 2W, C), optional
+        Filled and returned: C-contiguous, not overlapping x.
+
+    Returns
+    -------
+    array, (N, 2H, 2W, C)
+        The same bits, whatever they mean.
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype, axes or `out`.
+    """
+    islands.check_image(x)
+    n, h, w, c = x.shape
+    out = _target("upsample_nearest", (n, 2 * h, 2 * w, c), x.dtype.type, out, x)
+    if active() == "ref":
+        out[...] = islands.upsample_nearest(x)
+        return out
+    source, target = ffi.from_buffer(_whole(x)), ffi.from_buffer(out)
+    _done(
+        "upsample_nearest",
+        lib.rq_upsample_nearest(get_threads(), source, n * h, w, c * x.itemsize, target),
+    )
+    return out
+
+
+# ---------------------------------------------------------------- between Python and C
+
+_OUT_OF_RANGE = None if lib is None else lib.RQ_ERR_RANGE
+
+
+def _target(name: str, shape: tuple[int, ...], dtype: Any, out: Any, *operands: NDArray[Any]) -> NDArray[Any]:
+    """Return the array to be filled, new or the caller's; refuse an `out` that does not fit."""
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray) or out.dtype != dtype or out.shape != shape:
+        have = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else f"a {type(out).__name__}"
+        raise ShapeError(f"{name}: out is {have}; it must be {np.dtype(dtype)}, shape {shape}.")
+    if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
+        raise ShapeError(f"{name}: out must be writeable, aligned and C-contiguous. Pass another array, or none.")
+    if any(np.may_share_memory(out, x) for x in operands):
+        raise ShapeError(f"{name}: out overlaps an operand, which is read while out is written. Pass another array.")
+    return out
+
+
+def _same(out: Any, x: NDArray[Any]) -> bool:
+    """Tell whether out is x, element for element."""
+    return (
+        isinstance(out, np.ndarray)
+        and x.flags.c_contiguous
+        and out.flags.c_contiguous
+        and out.nbytes == x.nbytes
+        and out.ctypes.data == x.ctypes.data
+    )
+
+
+def _whole(x: NDArray[Any]) -> NDArray[Any]:
+    """Return x, or a copy, with its elements together and aligned."""
+    return x if x.flags.c_contiguous and x.flags.aligned else np.require(x, requirements=["C", "A"])
+
+
+def _floats(x: Floats) -> Any:
+    return ffi.from_buffer("float[]", _whole(x))
+
+
+def _filled(out: NDArray[Any]) -> Any:
+    return ffi.from_buffer("float[]" if out.dtype == np.float32 else "uint8_t[]", out)
+
+
+def _stage(stage: Stage | None) -> tuple[int, float, int, int]:
+    """Return kind, scale, zero point and largest code, as C wants them."""
+    return (lib.RQ_FLOAT32, 1.0, 0, 1) if stage is None else (lib.RQ_UINT8, *stage)
+
+
+def _done(name: str, status: int) -> None:
+    if status == lib.RQ_ERR_MEMORY:
+        raise MemoryError(f"{name}: no memory for the scratch space of a thread.")
+    assert status == lib.RQ_OK, f"{name}: the C core returned {status} for checked arguments"
