@@ -54,8 +54,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Show defaults, and keep the line breaks of the example."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        # "(default: None)" and "(default: False)" say nothing
-        if action.default is None or action.default is False or "(default" in (action.help or ""):
+        # "(default: None)", "(default: False)" and "(default: [])" say nothing
+        if action.default in (None, False, []) or "(default" in (action.help or ""):
             return action.help
         return super()._get_help_string(action)
 

@@ -1,9 +1,9 @@
 """Execute a program: buffers planned once for a batch size, operations one after the other, nothing allocated per step.
 
-Two engines compute the same integers:
+Two engines give the same bits:
 
-    ref   `refquant.ref`: the normative NumPy sentences
-    c     `refquant.kernels`: the C core, with whichever kernel is active
+    ref   the normative NumPy sentences (`refquant.ref`)
+    c     the C core, with whichever kernel is active (`refquant.kernels`)
 
 `Executor` is a noise predictor, so every sampler takes it. With `trace` it hands every value to a callable, by name;
 integer sums are not kept apart from what follows them, so what a trace compares are codes and floats.
@@ -12,21 +12,20 @@ integer sums are not kept apart from what follows them, so what a trace compares
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import kernels, ref
+from .. import kernels
 from ..diffusion.sampling import Images
 from ..errors import ShapeError, UnknownNameError
 from ..kernels import Dequantize
 from ..quant.quantized import QuantizedModel
-from . import islands
 from .lower import lower
 from .plan import plan
-from .program import Concat, Convolve, Encode, Mix, Probabilities, Program, Scores, Upsample, at
+from .program import Concat, Convolve, Encode, Mix, Operation, Probabilities, Program, Scores, Upsample, at
 
 ENGINES = ("ref", "c")
 Trace = Callable[[str, NDArray[Any]], None]
@@ -45,7 +44,6 @@ class Executor:
         if engine not in ENGINES:
             raise UnknownNameError(f"no engine is called {engine!r}. Known: {', '.join(ENGINES)}.")
         self.program, self.engine = program, engine
-        self._core: ModuleType = kernels if engine == "c" else ref
         self._arrays: dict[int, list[NDArray[Any]]] = {}
 
     def __call__(self, x: NDArray[np.float32], step: int, trace: Trace | None = None) -> NDArray[np.float32]:
@@ -55,10 +53,11 @@ class Executor:
             raise ShapeError(f"the program wants float32 (N, {', '.join(map(str, want))}), got {x.dtype} {x.shape}.")
         arrays = self._buffers(len(x))
         arrays[0][...] = x
-        for operation in self.program.operations:
-            self._run(operation, arrays, step)
-            if trace is not None:
-                trace(self.program.values[operation.out].name, arrays[operation.out])
+        with kernels.using("ref") if self.engine == "ref" else nullcontext():
+            for operation in self.program.operations:
+                self._run(operation, arrays, step)
+                if trace is not None:
+                    trace(self.program.values[operation.out].name, arrays[operation.out])
         return arrays[self.program.operations[-1].out]
 
     def _buffers(self, images: int) -> list[NDArray[Any]]:
@@ -74,61 +73,64 @@ class Executor:
             ]
         return self._arrays[images]
 
-    def _run(self, op: Any, arrays: list[NDArray[Any]], step: int) -> None:
+    def _run(self, op: Operation, arrays: list[NDArray[Any]], step: int) -> None:
         out = arrays[op.out]
         if isinstance(op, Encode):
-            islands.encode(arrays[op.x].reshape(out.shape), at(op.quantizers, step), op.norm, op.silu, out)
+            _encode(op, arrays[op.x].reshape(out.shape), step, out)
         elif isinstance(op, Convolve):
-            self._convolve(op, arrays, step, out)
+            _convolve(op, arrays[op.x], None if op.residual is None else arrays[op.residual], step, out)
         elif isinstance(op, Scores):
-            self._products(arrays[op.q], arrays[op.k], at(op.q_params, step), at(op.k_params, step), out, True)
+            q, k = at(op.q_params, step), at(op.k_params, step)
+            scale = q.scale * k.scale * np.float32(1 / np.sqrt(arrays[op.q].shape[-1]))
+            _products(arrays[op.q], arrays[op.k], int(q.zero_point), int(k.zero_point), scale, out)
         elif isinstance(op, Probabilities):
-            islands.probabilities(arrays[op.x], at(op.quantizers, step), out)
+            q = at(op.quantizers, step)
+            kernels.softmax_quantize(arrays[op.x], scale=float(q.scale), bits=q.spec.bits, out=out)
         elif isinstance(op, Mix):
-            flat = out.reshape(len(out), -1, out.shape[-1])
-            self._products(arrays[op.p], arrays[op.v], at(op.p_params, step), at(op.v_params, step), flat, False)
+            p, v = at(op.p_params, step), at(op.v_params, step)
+            flat, transposed = out.reshape(len(out), -1, out.shape[-1]), arrays[op.v].transpose(0, 2, 1)
+            _products(arrays[op.p], transposed, int(p.zero_point), int(v.zero_point), p.scale * v.scale, flat)
         elif isinstance(op, Upsample):
-            islands.upsample(arrays[op.x], out)
+            kernels.upsample_nearest(arrays[op.x], out=out)
         elif isinstance(op, Concat):
             cut = arrays[op.x].shape[-1]
             out[..., :cut], out[..., cut:] = arrays[op.x], arrays[op.y]
 
-    def _convolve(self, op: Convolve, arrays: list[NDArray[Any]], step: int, out: NDArray[Any]) -> None:
-        x, zero = arrays[op.x], at(op.zero_points, step)
-        padding, pads = op.pads[0], op.pads
-        if len(set(pads)) > 1:  # one-sided: pixels that mean 0 are put there by hand
-            x = np.pad(x, ((0, 0), pads[:2], pads[2:], (0, 0)), constant_values=zero)
-            padding = 0
-        residual = None if op.residual is None else arrays[op.residual]
-        output = at(op.outputs, step)
-        if self.engine == "c":
-            kernels.conv2d(
-                x, op.weights, stride=op.stride, padding=padding, x_zero_point=zero, output=output, residual=residual,
-                out=out,
-            )  # fmt: skip
-        else:
-            sums = ref.conv2d(
-                x, op.weights.unpack(), stride=op.stride, padding=padding, x_zero_point=zero,
-                w_zero_point=op.weights.zero_point,
-            )  # fmt: skip
-            out[...] = output.apply(sums, residual)
 
-    def _products(
-        self, a: NDArray[np.uint8], b: NDArray[np.uint8], a_q: Any, b_q: Any, out: NDArray[np.float32], scores: bool
-    ) -> None:
-        """out[n] = scale a[n] b[n]ᵀ (scores) or scale a[n] b[n] for every image; b's codes move by 128 to be signed."""
-        scale = np.float32(a_q.scale) * np.float32(b_q.scale)
-        if scores:
-            scale = np.float32(scale * np.float32(1 / np.sqrt(a.shape[-1])))
-        output = Dequantize(np.full(out.shape[-1], scale, np.float32))
-        za, zb = int(a_q.zero_point), int(b_q.zero_point) - 128
-        for n in range(len(a)):
-            signed = (b[n].reshape(-1, b.shape[-1]) ^ 0x80).view(np.int8)
-            rows = signed if scores else np.ascontiguousarray(signed.T)
-            if self.engine == "c":
-                kernels.gemm(a[n], rows, a_zero_point=za, b_zero_point=zb, output=output, out=out[n])
-            else:
-                out[n] = output.apply(ref.gemm_blas(a[n], rows, a_zero_point=za, b_zero_point=zb))
+def _encode(op: Encode, x: NDArray[np.float32], step: int, out: NDArray[np.uint8]) -> None:
+    q = at(op.quantizers, step)
+    scale, zero_point, bits = float(q.scale), int(q.zero_point), q.spec.bits
+    if op.norm is None:
+        kernels.quantize(x, scale, zero_point, bits=bits, out=out)
+    else:
+        n = op.norm
+        kernels.group_norm_silu_quantize(
+            x, n.gamma, n.beta, n.groups, eps=n.eps, silu=op.silu, scale=scale, zero_point=zero_point, bits=bits,
+            out=out,
+        )  # fmt: skip
+
+
+def _convolve(
+    op: Convolve, x: NDArray[np.uint8], residual: NDArray[np.float32] | None, step: int, out: NDArray[np.float32]
+) -> None:
+    zero, padding = at(op.zero_points, step), op.pads[0]
+    if len(set(op.pads)) > 1:  # one-sided: pixels that mean 0 are put there by hand
+        x = np.pad(x, ((0, 0), op.pads[:2], op.pads[2:], (0, 0)), constant_values=zero)
+        padding = 0
+    kernels.conv2d(
+        x, op.weights, stride=op.stride, padding=padding, x_zero_point=zero, output=at(op.outputs, step),
+        residual=residual, out=out,
+    )  # fmt: skip
+
+
+def _products(
+    a: NDArray[np.uint8], b: NDArray[np.uint8], a_zero: int, b_zero: int, scale: np.float32, out: NDArray[np.float32]
+) -> None:
+    """out[n] = scale a[n] b[n]ᵀ for every image; b's codes move by 128, for the kernels multiply by signed ones."""
+    signed = np.ascontiguousarray(b ^ 0x80).view(np.int8)
+    output = Dequantize(np.full(out.shape[-1], scale, np.float32))
+    for n in range(len(a)):
+        kernels.gemm(a[n], signed[n], a_zero_point=a_zero, b_zero_point=b_zero - 128, output=output, out=out[n])
 
 
 class IntegerDenoiser:

@@ -21,7 +21,11 @@ from ._ext import ROWS, ffi, lib
 Floats = NDArray[np.float32]
 Codes = NDArray[np.uint8]
 Result = NDArray[Any]
+ALONE_BELOW = 8192  # COSTLY_BELOW of cext/islands.c
 Stage = tuple[float, int, int]  # scale, zero point, largest code
+
+if lib is not None:
+    _FLOATS, _BYTES = ffi.typeof("float[]"), ffi.typeof("uint8_t[]")  # looked up once: a microsecond each
 
 
 def group_norm_silu_quantize(
@@ -90,7 +94,7 @@ def group_norm_silu_quantize(
         return out
     n, h, w, c = x.shape
     status = lib.rq_group_norm(
-        ROWS[isa], get_threads(), _floats(x), n, h * w, c, groups, _floats(gamma), _floats(beta), eps, bool(silu),
+        ROWS[isa], _threads(x.size), _floats(x), n, h * w, c, groups, _floats(gamma), _floats(beta), eps, bool(silu),
         *_stage(stage), _filled(out),
     )  # fmt: skip
     if status == _OUT_OF_RANGE:
@@ -136,7 +140,7 @@ def silu_quantize(
     if isa == "ref":
         out[...] = islands.silu_quantize(x, scale=scale, zero_point=zero_point, bits=bits)
         return out
-    status = lib.rq_quantize(ROWS[isa], get_threads(), _floats(x), x.size, True, *_stage(stage), _filled(out))
+    status = lib.rq_quantize(ROWS[isa], _threads(x.size), _floats(x), x.size, True, *_stage(stage), _filled(out))
     if status == _OUT_OF_RANGE:
         islands.check_finite("silu_quantize", "x", x)
     _done("silu_quantize", status)
@@ -179,7 +183,7 @@ def quantize(x: Floats, scale: float, zero_point: int = 0, *, bits: int = 8, out
     if isa == "ref":
         out[...] = islands.quantize(x, scale, zero_point, bits=bits)
         return out
-    status = lib.rq_quantize(ROWS[isa], get_threads(), _floats(x), x.size, False, *_stage(stage), _filled(out))
+    status = lib.rq_quantize(ROWS[isa], _threads(x.size), _floats(x), x.size, False, *_stage(stage), _filled(out))
     if status == _OUT_OF_RANGE:
         islands.check_no_nan("quantize", x)
     _done("quantize", status)
@@ -232,7 +236,7 @@ def softmax_quantize(
     length = scores.shape[-1]
     kind, unit, _, qmax = _stage(stage)
     status = lib.rq_softmax(
-        ROWS[isa], get_threads(), ffi.from_buffer(_whole(scores)), scores.dtype == np.int32, factor,
+        ROWS[isa], _threads(scores.size), ffi.from_buffer(_whole(scores)), scores.dtype == np.int32, factor,
         scores.size // length if length else 0, length, kind, unit, qmax, _filled(out),
     )  # fmt: skip
     if status == _OUT_OF_RANGE:
@@ -267,7 +271,7 @@ def residual_add(a: Floats, b: Floats, *, out: Floats | None = None) -> Floats:
     if isa == "ref":
         out[...] = islands.residual_add(a, b)
         return out
-    _done("residual_add", lib.rq_add(ROWS[isa], get_threads(), _floats(a), _floats(b), a.size, _filled(out)))
+    _done("residual_add", lib.rq_add(ROWS[isa], _threads(a.size), _floats(a), _floats(b), a.size, _filled(out)))
     return out
 
 
@@ -299,7 +303,7 @@ def upsample_nearest(x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDA
     source, target = ffi.from_buffer(_whole(x)), ffi.from_buffer(out)
     _done(
         "upsample_nearest",
-        lib.rq_upsample_nearest(get_threads(), source, n * h, w, c * x.itemsize, target),
+        lib.rq_upsample_nearest(_threads(x.nbytes), source, n * h, w, c * x.itemsize, target),
     )
     return out
 
@@ -307,6 +311,11 @@ def upsample_nearest(x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDA
 # ---------------------------------------------------------------- between Python and C
 
 _OUT_OF_RANGE = None if lib is None else lib.RQ_ERR_RANGE
+
+
+def _threads(size: int) -> int:
+    """Return how many threads to offer; below 8192 elements the C core wants one, and asking costs 3 microseconds."""
+    return get_threads() if size >= ALONE_BELOW else 1
 
 
 def _target(name: str, shape: tuple[int, ...], dtype: Any, out: Any, *operands: NDArray[Any]) -> NDArray[Any]:
@@ -318,6 +327,8 @@ def _target(name: str, shape: tuple[int, ...], dtype: Any, out: Any, *operands: 
         raise ShapeError(f"{name}: out is {have}; it must be {np.dtype(dtype)}, shape {shape}.")
     if not (out.flags.c_contiguous and out.flags.writeable and out.flags.aligned):
         raise ShapeError(f"{name}: out must be writeable, aligned and C-contiguous. Pass another array, or none.")
+    if out.flags.owndata and all(x.flags.owndata and x is not out for x in operands):
+        return out  # memory of their own, all of them: it cannot overlap
     if any(np.may_share_memory(out, x) for x in operands):
         raise ShapeError(f"{name}: out overlaps an operand, which is read while out is written. Pass another array.")
     return out
@@ -340,11 +351,11 @@ def _whole(x: NDArray[Any]) -> NDArray[Any]:
 
 
 def _floats(x: Floats) -> Any:
-    return ffi.from_buffer("float[]", _whole(x))
+    return ffi.from_buffer(_FLOATS, _whole(x))
 
 
 def _filled(out: NDArray[Any]) -> Any:
-    return ffi.from_buffer("float[]" if out.dtype == np.float32 else "uint8_t[]", out)
+    return ffi.from_buffer(_FLOATS if out.dtype == np.float32 else _BYTES, out)
 
 
 def _stage(stage: Stage | None) -> tuple[int, float, int, int]:
