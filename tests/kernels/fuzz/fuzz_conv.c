@@ -194,7 +194,8 @@ static int is_moderate(const struct call *c)
     for (int i = 0; i < 6; i++)
         if (sizes[i] > MOST_SIZE)
             return 0;
-    return 1;
+    /* the frame counts: with its padding an image may be too wide, even one without pixels */
+    return c->x.h + 2 * c->padding <= MOST_SIZE && c->x.w + 2 * c->padding <= MOST_SIZE;
 }
 
 static void spoil(struct call *c)
