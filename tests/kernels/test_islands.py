@@ -1,151 +1,35 @@
-"""Float islands: the stated error bounds, one set of bits from all kernels in C, exact codes, refusals, mutants.
-
-The judge is neither NumPy's float64 nor C: `exact_...` computes in extended precision. Where a machine has none,
-np.longdouble is float64, and the bounds (2e-6 of a step, 0.6 ulp of float32) still leave room for it.
-"""
-
-import dataclasses
-import subprocess
+"""Float islands: the stated error bounds, one set of bits from all kernels in C, exact codes, refusals."""
 
 import numpy as np
 import pytest
-from cbuild import CEXT, build_ext
 from guards import Guarded, every_kernel
 from hypothesis import given
 from hypothesis import strategies as st
+from islands_judge import (
+    INF,
+    NAN,
+    STAGES,
+    Norm,
+    S,
+    V,
+    X,
+    exact_group_norm,
+    norm,
+    norms,
+    one_set_of_bits,
+    quantize_check,
+    silu_check,
+    softmax_check,
+    with_number,
+)
 
 from refquant import kernels
 from refquant.errors import RangeError, ShapeError
-from refquant.kernels import _ext, _islands
-from refquant.quant import affine
+from refquant.kernels import _ext
 from refquant.ref import islands as ref
 from refquant.threads import using_threads
 
-ULP, STEP = 0.6, 2e-6  # the bounds of refquant/ref/islands.py
-CANCELLED = 2.0**-36  # of |gamma| + |beta|
-L = np.longdouble
-
 needs_extension = pytest.mark.skipif(_ext.lib is None, reason="the C core is not compiled")
-
-
-# ------------------------------------------------------------------ the judge
-
-
-def exact_silu(z):
-    with np.errstate(over="ignore", under="ignore"):
-        return z / (1 + np.exp(-z))
-
-
-def exact_group_norm(case):
-    n, h, w, c = case.x.shape
-    d = case.x.astype(L).reshape(n, h * w, case.groups, -1)
-    d = d - d[:, :1, :, :1]
-    d = d - d.mean(axis=(1, 3), keepdims=True)
-    z = d / np.sqrt(np.square(d).mean(axis=(1, 3), keepdims=True) + L(case.eps))
-    z = z.reshape(case.x.shape) * case.gamma.astype(L) + case.beta.astype(L)
-    return exact_silu(z) if case.silu else z
-
-
-def exact_softmax(scores, factor):
-    e = scores.astype(L)
-    with np.errstate(under="ignore"):
-        e = np.exp((e - e.max(axis=-1, keepdims=True)) * L(factor))
-        return e / e.sum(axis=-1, keepdims=True)
-
-
-def assert_float(got, want, slack=0.0):
-    """At most ULP units of the last place of float32 away, and the slack."""
-    with np.errstate(over="ignore", under="ignore"):
-        ulp = np.spacing(np.abs(want).astype(np.float32)).astype(L)
-    fits = np.abs(want) < np.finfo(np.float32).max
-    error = np.abs(got.astype(L) - want) - np.asarray(slack, L)
-    wrong = fits & ~(error <= ULP * ulp)
-    assert not wrong.any(), f"{got[wrong][0]!r} is {(error / ulp)[wrong][0]} ulp from {want[wrong][0]!r}"
-
-
-def assert_codes(got, want, scale, zero_point=0, bits=8, slack=0.0):
-    """The codes of `want`; both where it lies closer than STEP to the middle between two."""
-    y, room = want / L(np.float32(scale)), STEP + np.asarray(slack, L) / L(np.float32(scale))
-    low, high = (np.clip(np.rint(y + side) + zero_point, 0, 2**bits - 1) for side in (-room, room))
-    wrong = (got < low) | (got > high)
-    assert not wrong.any(), f"code {got[wrong][0]} of {y[wrong][0]} steps, zero point {zero_point}"
-
-
-@dataclasses.dataclass
-class Norm:
-    """Operands of a group norm."""
-
-    x: np.ndarray
-    gamma: np.ndarray
-    beta: np.ndarray
-    groups: int
-    eps: float = 1e-6
-    silu: bool = True
-
-    @property
-    def slack(self):
-        """SiLU's slope is below 1.1."""
-        return 1.1 * CANCELLED * (np.abs(self.gamma.astype(L)) + np.abs(self.beta.astype(L)))
-
-    def run(self, **options):
-        operands = (self.x, self.gamma, self.beta, self.groups)
-        return kernels.group_norm_silu_quantize(*operands, eps=self.eps, silu=self.silu, **options)
-
-    def check(self, want, scale=0.02, zero_point=14, bits=8):
-        """Both results of the active kernel, in guarded arrays; return their bits."""
-        real, codes = Guarded(self.x.shape, np.float32), Guarded(self.x.shape, np.uint8)
-        assert_float(self.run(out=real.array), want, self.slack)
-        stage = {"scale": scale, "zero_point": zero_point, "bits": bits}
-        assert_codes(self.run(out=codes.array, **stage), want, *stage.values(), self.slack)
-        real.check()
-        codes.check()
-        return real.array.tobytes() + codes.array.tobytes()
-
-
-FILLS = {
-    "normal": lambda rng, shape: rng.normal(1, 3, shape),
-    "far from 0": lambda rng, shape: 1e4 + rng.normal(0, 1e-2, shape),
-    "constant": lambda rng, shape: np.full(shape, rng.choice([0, 1, -0.1, 3e38, 1e-40, 16777217.0])),
-    "constant in a channel": lambda rng, shape: np.broadcast_to(rng.normal(0, 1e20, shape[-1]), shape),
-    "one outlier": lambda rng, shape: np.where(rng.random(shape) < 2 / np.prod(shape), 1e9, 1.5),
-    "one ulp": lambda rng, shape: np.where(rng.random(shape) < 0.5, 1e6, np.nextafter(np.float32(1e6), np.inf)),
-    "huge": lambda rng, shape: rng.choice([-3e38, 3e38, 1e38, 0], shape),
-    "denormal": lambda rng, shape: rng.choice([1e-45, -1e-40, 0, 1e-42], shape),
-    "corners": lambda rng, shape: rng.choice([0, -0.0, 30, -30, 1, -1, 88.8, -104, 1e-8], shape),
-}
-VECTORS = {
-    "ones": lambda rng, c: np.ones(c),
-    "zeros": lambda rng, c: np.zeros(c),
-    "normal": lambda rng, c: rng.normal(0, 1, c),
-    "large": lambda rng, c: rng.choice([30, -30, 700, 1e-3, 0], c),
-}
-
-
-@st.composite
-def norms(draw):
-    """One pixel, one group, as many groups as channels, and channels that are no multiple of 16."""
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    groups, each = draw(st.sampled_from([1, 2, 3, 5, 8, 16])), draw(st.sampled_from([1, 2, 3, 4, 8, 17, 32]))
-    sizes = st.sampled_from([1, 2, 3, 5, 7])
-    shape = (draw(st.integers(1, 3)), draw(sizes), draw(sizes), groups * each)
-    gamma, beta = (VECTORS[draw(st.sampled_from(list(VECTORS)))](rng, shape[3]).astype(np.float32) for _ in range(2))
-    x = FILLS[draw(st.sampled_from(list(FILLS)))](rng, shape).astype(np.float32)
-    return Norm(x, gamma, beta, groups, draw(st.sampled_from([1e-6, 1e-5, 1e-20, 1.0])), draw(st.booleans()))
-
-
-STAGES = st.tuples(
-    st.sampled_from([0.02, 1e-3, 0.5, 1e-30, 1e30, 2.0**-126]) | st.floats(1e-4, 10),
-    st.sampled_from([(0, 8), (14, 8), (255, 8), (3, 4), (15, 4), (1, 2)]),
-)
-
-
-def one_set_of_bits(results):
-    """All kernels in C agree; `ref` may differ from them."""
-    bits = {isa: b for isa, b in results.items() if isa != "ref"}
-    assert len(set(bits.values())) <= 1, f"{list(bits)} differ"
-
-
-# ------------------------------------------------------------------ bounds and bits
 
 
 @given(norms(), STAGES)
@@ -153,16 +37,6 @@ def test_group_norm(case, stage):
     scale, (zero_point, bits) = stage
     want = exact_group_norm(case)
     one_set_of_bits({isa: case.check(want, scale, zero_point, bits) for isa in every_kernel()})
-
-
-def silu_check(x, scale=0.02, zero_point=14, bits=8):
-    real, codes = Guarded(x.shape, np.float32), Guarded(x.shape, np.uint8)
-    want, stage = exact_silu(x.astype(L)), {"scale": scale, "zero_point": zero_point, "bits": bits}
-    assert_float(kernels.silu_quantize(x, out=real.array), want)
-    assert_codes(kernels.silu_quantize(x, out=codes.array, **stage), want, *stage.values())
-    real.check()
-    codes.check()
-    return real.array.tobytes() + codes.array.tobytes()
 
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.floats(-30, 30, width=32)
@@ -181,17 +55,6 @@ def test_silu_everywhere(isa):
     """Dense from -120, where float32 ends, to 40; and the whole range of exponents."""
     silu_check(np.linspace(-120, 40, 100_003, dtype=np.float32))
     silu_check(np.outer([1, -1], np.ldexp(np.float32(1.37), np.arange(-149, 128))).astype(np.float32))
-
-
-def softmax_check(scores, factor=1.0, scale=1 / 255, bits=8):
-    real, codes = Guarded(scores.shape, np.float32), Guarded(scores.shape, np.uint8)
-    want = exact_softmax(scores, factor)
-    assert_float(kernels.softmax_quantize(scores, factor=factor, out=real.array), want)
-    got = kernels.softmax_quantize(scores, factor=factor, scale=scale, bits=bits, out=codes.array)
-    assert_codes(got, want, scale, 0, bits)
-    real.check()
-    codes.check()
-    return real.array.tobytes() + codes.array.tobytes()
 
 
 @st.composite
@@ -225,13 +88,6 @@ def test_softmax_of_one_score(isa):
     """One, exactly."""
     assert kernels.softmax_quantize(np.full((2, 1), 7, np.int32)).tolist() == [[1], [1]]
     assert kernels.softmax_quantize(np.array([5, -np.inf], np.float32), scale=1 / 255).tolist() == [255, 0]
-
-
-def quantize_check(x, scale, zero_point, bits):
-    codes = Guarded(x.shape, np.uint8)
-    want = affine.quantize(x, affine.QParams(scale, zero_point, affine.QSpec(bits)))
-    np.testing.assert_array_equal(kernels.quantize(x, scale, zero_point, bits=bits, out=codes.array), want)
-    codes.check()
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False), max_size=70), STAGES)
@@ -278,9 +134,6 @@ def test_upsample_nearest(isa, dtype, c):
         for j in range(2):
             np.testing.assert_array_equal(out.array[:, i::2, j::2], x)
     out.check()
-
-
-# ------------------------------------------------------------------ everything that surrounds the numbers
 
 
 def test_the_number_of_threads_does_not_matter(isa):
@@ -337,21 +190,6 @@ def test_nothing(isa, shape):
     assert kernels.quantize(np.array(7, np.float32), 1).shape == ()
 
 
-X, V = np.ones((2, 3, 4, 6), np.float32), np.ones(6, np.float32)
-S = np.ones((2, 3, 3), np.float32)
-
-
-def norm(x=X, gamma=V, beta=V, groups=2, **options):
-    return kernels.group_norm_silu_quantize(x, gamma, beta, groups, **options)
-
-
-def with_number(x, number):
-    x = x.copy()
-    x.flat[7 % x.size] = number
-    return x
-
-
-NAN, INF = np.nan, np.inf
 REFUSED = [
     (lambda: norm(X.astype(float)), ShapeError, "x has dtype float64.*must be float32"),
     (lambda: norm(X[0]), ShapeError, r"\(N, H, W, C\)"),
@@ -479,156 +317,6 @@ def test_the_door_of_c():
     assert lib.rq_softmax(0, 1, x, 0, 1.0, -1, 2, 1, 1.0, 255, y) == lib.RQ_ERR_SIZE
     assert lib.rq_add(0, 1, x, ffi.NULL, 4, y) == lib.RQ_ERR_NULL
     assert lib.rq_upsample_nearest(1, ffi.NULL, 1, 1, 1, y) == lib.RQ_ERR_NULL
-
-
-# ------------------------------------------------------------------ the battery must notice mistakes
-
-
-def battery():
-    """Fixed cases for the active kernel: one for each mistake that has been thought of."""
-    rng = np.random.default_rng(0)
-    for shape, groups in (((2, 7, 5, 32), 4), ((1, 4, 3, 20), 5), ((1, 3, 3, 5), 1)):
-        for fill in FILLS:
-            x = FILLS[fill](rng, shape).astype(np.float32)
-            gamma, beta = rng.normal(1, 1, (2, shape[3])).astype(np.float32)
-            for silu in (True, False):
-                case = Norm(x, gamma, beta, groups, silu=silu)
-                case.check(exact_group_norm(case))
-    flat = Norm(X, 0 * V, np.float32([0.5, 1.5, -0.5, -1.5, 254.5, 2.5]), 2, silu=False)  # ties, exactly
-    assert (flat.run(scale=1.0, zero_point=1) == [1, 3, 1, 0, 255, 3]).all()
-    silu_check(np.linspace(-120, 40, 20_003, dtype=np.float32))
-    silu_check(np.float32([-3e38, -1000, 1000, 3e38]))
-    silu_check(np.linspace(0, 5, 20_003, dtype=np.float32), scale=5 / 255, zero_point=0)
-    for length in (1, 15, 16, 17, 49):
-        softmax_check(rng.normal(0, 4, (3, length)).astype(np.float32))
-        softmax_check(rng.integers(10**6, 10**6 + 9000, (3, length)).astype(np.int32), factor=1e-3)
-    for scale in (0.1, 0.3):
-        quantize_check(((np.arange(-600, 611) / 2) * np.float32(scale)).astype(np.float32), scale, 7, 8)
-    for number in (NAN, INF, -INF):
-        with pytest.raises(RangeError):
-            kernels.silu_quantize(with_number(np.zeros(40, np.float32), number), scale=1)
-    with pytest.raises(RangeError):
-        kernels.quantize(with_number(np.zeros(40, np.float32), NAN), 1)
-    with pytest.raises(RangeError):
-        norm(with_number(X, NAN), scale=1)
-
-
-def test_the_battery_passes(isa):
-    battery()
-
-
-CRUDE = {  # the best polynomial of degree 5: relative error 9.2e-8
-    "0x1.6ae7205ce8ab0p-10": "0.0", "-0x1.126780654d164p-7": "-0x1.0fa82096a6082p-7",
-    "0x1.5558224ee0bc1p-5": "0x1.573a4f461aad6p-5", "-0x1.555419636bad0p-3": "-0x1.555a6aadc2351p-3",
-    "0x1.fffffc1d1712dp-2": "0x1.fffdc54c97b9ap-2", "-0x1.0000008a243f9p+0": "-0x1.fffff62cd8a6bp-1",
-}  # fmt: skip
-MEAN = "(float)(x[g * (j->c / j->groups)] + mean[g * (j->c / j->groups)])"
-MUTANTS = {  # name: (kernel, file, *pairs of text)
-    "variance without mean subtraction, in float32": (
-        "scalar", "islands_units.c", ("offset[p] = shift[p] + mean[p]", "offset[p] = 0"),
-        ("square_root(group[g] + j->number)", f"square_root((float)group[g] - {MEAN} * {MEAN} + j->number)"),
-    ),
-    "x0 is forgotten where it is large": ("scalar", "islands_units.c", ("tame &= x0 < 4096", "tame &= 1 || x0 < 4096")),
-    "no limits where |z| is large": ("scalar", "islands_body.h", ("if (!tame)", "if (0)")),
-    "a cruder polynomial": ("scalar", "islands_body.h", *CRUDE.items()),
-    "ties are rounded up": (
-        "scalar", "islands_scalar.c",
-        ("-zero_point : q[i]) + 0x1.8p52", "-zero_point : q[i]) + (0.5 - 0x1p-40) + 0x1.8p52 - 0.0"),
-        ("q[i] + 0x1.8p52; /* exact", "(double)(int)(q[i] + 512.5) - 512 + 0x1.8p52; /* exact"),
-    ),
-    "codes: the zero point is added before rounding": (
-        "scalar", "islands_scalar.c", ("-zero_point : q[i]) + 0x1.8p52", "-zero_point : q[i]) + zero_point + 0x1.8p52"),
-        ("bits + (uint64_t)zero_point", "bits"),
-    ),
-    "a product with 1 / scale": (
-        "scalar", "islands_body.h", ("/ all_narrow((float)f->unit)", "* all_narrow(1 / (float)f->unit)"),
-    ),
-    "channels are one block off": (
-        "scalar", "islands_body.h", ("p + RQ_BLOCK < f->period", "p + RQ_BLOCK <= f->period"),
-    ),
-    "the end of the image is not summed": (
-        "scalar", "islands_body.h", ("for (int64_t q = p; i < count;", "for (int64_t q = p; 0;"),
-    ),
-    "a whole block is stored at the end": (
-        "scalar", "islands_body.h", ("memcpy(out + i, end, (size_t)(count - i));", "memcpy(out + i, end, RQ_BLOCK);"),
-    ),
-    "infinities are not seen": ("scalar", "islands_body.h", ("*bad = *bad + (z - z);", ";")),
-    "NaN is not seen": ("scalar", "islands_body.h", ("*bad = *bad + q[v];", ";")),
-    "the largest score is not subtracted": ("scalar", "islands_body.h", ("all(largest) - load", "all(0.0) - load")),
-    "behind the line are scores of 0": ("scalar", "islands_body.h", ("room[i] = nothing;", "room[i] = 0;")),
-    "avx2: quarters exchanged": ("avx2", "islands_avx2.c", ("_mm_packs_epi32(q0, q1)", "_mm_packs_epi32(q1, q0)")),
-    "avx2: what is below 0 wraps": (
-        "avx2", "islands_avx2.c", ("_mm_adds_epi16", "_mm_add_epi16"), ("_mm_packus_epi16(low", "_mm_packs_epi16(low"),
-    ),
-    "avx512: halves exchanged": (
-        "avx512vnni", "islands_avx512.c", ("_mm512_cvtpd_epi32(q[0])", "_mm512_cvtpd_epi32(q[1])"),
-    ),
-    "avx512: no lower limit": (
-        "avx512vnni", "islands_avx512.c", ("_mm512_setzero_si512()", "_mm512_set1_epi32(-1000)"),
-    ),
-}  # fmt: skip
-
-# What islands.c asks of the rest of the core; the kernels that are not tested are empty.
-STUB = """
-#include <stdlib.h>
-#include "impl.h"
-#include "islands.h"
-static const struct rq_kernel row = {.name = "mutant", .needs = NEEDS};
-const struct rq_kernel *rq_kernel_row(int i) { return i == 0 ? &row : NULL; }
-uint32_t rq_cpu_features(void) { return NEEDS; }
-void rq_team_run(int threads, rq_task *task, void *context) { (void)threads; task(context, 0); }
-void *rq_scratch(int64_t bytes) { static void *p; free(p); return p = malloc((size_t)bytes); }
-"""
-NEEDS = {"scalar": "0", "avx2": "RQ_CPU_AVX2", "avx512vnni": "RQ_CPU_AVX512VNNI"}
-
-
-@pytest.fixture
-def run_mutant(tmp_path, compiler, monkeypatch):
-    """Compile the islands with changes for one kernel, and make the Python face call them."""
-    cffi = pytest.importorskip("cffi")
-
-    def run(isa, file, *changes):
-        if isa not in kernels.supported():
-            pytest.skip(f"{isa}: not this machine")
-        for source in (*CEXT.glob("islands*"), CEXT / "impl.h", CEXT / "refquant.h", CEXT / "target.h"):
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-        text = (tmp_path / file).read_text(encoding="utf-8")
-        for old, new in changes:
-            assert old in text, f"{file} no longer has {old!r}: choose another mutant"
-            text = text.replace(old, new)
-        (tmp_path / file).write_text(text, encoding="utf-8")
-        own = f"islands_{isa.removesuffix('vnni')}"
-        names = ("islands_scalar", "islands_avx2", "islands_avx512")
-        empty = "".join(f"const struct rq_islands rq_{name};\n" for name in names if name != own)
-        (tmp_path / "stub.c").write_text(STUB.replace("NEEDS", NEEDS[isa]) + empty, encoding="utf-8")
-        sources = [tmp_path / name for name in ("stub.c", "islands.c", "islands_units.c", f"{own}.c")]
-        core = tmp_path / "islands.so"
-        flags = [flag for flag in build_ext().FLAGS if flag != "-O3"]
-        command = [compiler, *flags, "-O1", "-fPIC", "-shared", *sources, "-o", core]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        ffi = cffi.FFI()
-        header = (tmp_path / "refquant.h").read_text(encoding="utf-8")
-        ffi.cdef(build_ext().cdef(header))
-        monkeypatch.setattr(_islands, "lib", ffi.dlopen(str(core)))
-        monkeypatch.setattr(_islands, "ROWS", {isa: 0})
-        with kernels.using(isa):
-            battery()
-
-    return run
-
-
-@needs_extension
-@pytest.mark.parametrize("isa", NEEDS)
-def test_without_a_change_the_battery_passes(run_mutant, isa):
-    run_mutant(isa, "islands.c")
-
-
-@needs_extension
-@pytest.mark.parametrize("name", MUTANTS)
-def test_the_battery_kills(run_mutant, name):
-    with pytest.raises((AssertionError, RangeError, pytest.fail.Exception)):
-        run_mutant(*MUTANTS[name])
 
 
 def test_the_reference_needs_no_kernel():
