@@ -22,6 +22,7 @@
 
 #include "refquant.h"
 
+static const int64_t MOST_BYTES = (int64_t)1 << 46; /* above, too */
 enum {
     MOST_WORK = 2 * RQ_ALONE_BELOW,  /* multiplications: enough for the team to be called */
     USUAL_WORK = RQ_ALONE_BELOW / 5,
@@ -194,8 +195,10 @@ static int is_moderate(const struct call *c)
     for (int i = 0; i < 6; i++)
         if (sizes[i] > MOST_SIZE)
             return 0;
-    /* the frame counts: with its padding an image may be too wide, even one without pixels */
-    return c->x.h + 2 * c->padding <= MOST_SIZE && c->x.w + 2 * c->padding <= MOST_SIZE;
+    /* also of an image without pixels: its frame must not be too wide, nor its lines and images too far apart */
+    return c->x.h + 2 * c->padding <= MOST_SIZE && c->x.w + 2 * c->padding <= MOST_SIZE
+        && (c->x.h < 2 || c->x.line_stride <= MOST_BYTES / c->x.h)
+        && (c->x.n < 2 || c->x.image_stride <= MOST_BYTES / c->x.n);
 }
 
 static void spoil(struct call *c)
