@@ -6,7 +6,8 @@ Three questions, all from the same starting noise:
   does the difference grow from step to step;
 * how far is the cloud of its images from the training set, as a small classifier trained here sees
   it (Frechet distance on that classifier's features; *not* the Inception FID of the literature);
-* how many of its images does that classifier recognise with confidence above 0.9.
+* how many of its images does that classifier recognise with confidence above 0.9, and how many of a
+  conditional model's as the class that was requested.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .diffusion.denoiser import NoisePredictor
+from .diffusion.guidance import ClassPredictor, Guided
 from .diffusion.model import DiffusionModel, load_classifier
 from .diffusion.sampling import Callback, Images, NoiseSource, StepState
 from .errors import RangeError
@@ -26,6 +28,22 @@ from .metrics import FeatureStats, feature_stats, frechet_distance, mse
 
 BATCH = 64  # images sampled at a time: bounds memory, and is part of what "the same bits" means
 CONFIDENT = 0.9
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What a conditional model is asked for.
+
+    Attributes
+    ----------
+    y : int array, (N,)
+        Class of each image.
+    guidance : float
+        Weight w of classifier-free guidance, see `refquant.diffusion.guidance`; 1 is the conditional model.
+    """
+
+    y: NDArray[np.integer]
+    guidance: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +65,13 @@ class Run:
 
 
 def sample_run(
-    eps: NoisePredictor,
+    eps: NoisePredictor | ClassPredictor,
     model: DiffusionModel,
     count: int,
     sampler: Callable[..., Images],
     *,
     seed: int,
+    request: Request | None = None,
     on_step: Callback | None = None,
 ) -> Run:
     """Draw `count` images in batches of 64.
@@ -66,8 +85,14 @@ def sample_run(
     sampler : callable
         With its options bound, such as ``partial(ddim_sample, steps=50)``.
     seed : int
+    request : Request, optional
+        For a conditional model, whose `eps` must then be a `ClassPredictor`; without it no image has a class.
     on_step : callable, optional
         Follows the progress, batch after batch.
+
+    Returns
+    -------
+    Run
 
     Raises
     ------
@@ -86,7 +111,10 @@ def sample_run(
                 on_step(state)
 
         noise = NoiseSource(seed, min(BATCH, count - first), model.image_shape, first)
-        images.append(sampler(eps, noise.draw(), model.schedule, noise, callback=follow))
+        predict = eps
+        if request is not None:
+            predict = Guided(eps, request.y[first : first + BATCH], model.classes, request.guidance)
+        images.append(sampler(predict, noise.draw(), model.schedule, noise, callback=follow))
     together = np.concatenate(images)
     if not np.isfinite(together).all():
         raise RangeError(
@@ -121,3 +149,7 @@ class Judge:
     def confident(self, images: Images) -> float:
         """Share of the images whose most probable class has a probability above 0.9."""
         return float(np.mean(self.classifier.judge(images)[1].max(axis=1) > CONFIDENT))
+
+    def obedient(self, images: Images, y: NDArray[np.integer]) -> float:
+        """Share of the images (N, C, H, W) whose requested class y (N,) has a probability above 0.9."""
+        return float(np.mean(self.classifier.judge(images)[1][np.arange(len(y)), y] > CONFIDENT))

@@ -45,8 +45,9 @@ RESERVED = ("format", "format_version", "refquant_version", "data_sha256", "head
 
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "uint64": "U64",
            "int32": "I32", "uint8": "U8", "int8": "I8", "bool": "BOOL"}  # fmt: skip
-_READ_BY = {"unet": "refquant sample", "classifier": "refquant evaluate", "quantized": "refquant sample",
-            "train-state": "refquant train", "quantize-state": "refquant quantize"}  # fmt: skip
+_READ_BY = {"unet": "refquant sample", "dit": "refquant sample", "classifier": "refquant evaluate",
+            "quantized": "refquant sample", "train-state": "refquant train",
+            "quantize-state": "refquant quantize"}  # fmt: skip
 _MAGIC = {b"PK\x03\x04": "a zip archive (.npz or PyTorch)", b"\x80": "a pickle",
           b"\x93NUMPY": "a NumPy .npy file", b"GGUF": "a GGUF file", b"\x89PNG": "a PNG picture"}  # fmt: skip
 _REMEDY = {
@@ -141,6 +142,10 @@ def load(path: str | os.PathLike[str], *, kind: str | None = None) -> Checkpoint
     kind : str, optional
         The kind that the caller can use; any other is an error. None accepts all.
 
+    Returns
+    -------
+    Checkpoint
+
     Raises
     ------
     CheckpointError
@@ -174,6 +179,16 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Format, version, header checksum and file length are checked as by `load`; the arrays are not.
 
+    Parameters
+    ----------
+    path : path
+        A file that `save` wrote.
+
+    Returns
+    -------
+    dict
+        Of plain JSON values, "kind" among them.
+
     Raises
     ------
     CheckpointError
@@ -193,6 +208,13 @@ def write_atomically(
 
     The bytes go to a temporary file of a unique name in the same folder (a rename is atomic only within
     one file system), are forced to the disk, and take the name `path` at the end.
+
+    Parameters
+    ----------
+    path : path
+    chunks : iterable of bytes
+    error : type
+        What is raised if the file cannot be written.
 
     Raises
     ------

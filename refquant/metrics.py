@@ -35,6 +35,10 @@ def mse(a: ArrayLike, b: ArrayLike) -> float:
     a, b : array_like, the same shape
         Not empty. Integers are widened first, so uint8 pictures do not wrap around.
 
+    Returns
+    -------
+    float
+
     Examples
     --------
     >>> mse([0.0, 1.0], [0.0, 3.0])
@@ -52,6 +56,10 @@ def psnr(a: ArrayLike, b: ArrayLike, data_range: float = 2.0) -> float:
     a, b : array_like, the same shape
     data_range : float
         Largest minus smallest possible value: 2 for pictures in [-1, 1], 255 for bytes.
+
+    Returns
+    -------
+    float
 
     Notes
     -----
@@ -72,10 +80,15 @@ def psnr(a: ArrayLike, b: ArrayLike, data_range: float = 2.0) -> float:
 def per_image_psnr(a: ArrayLike, b: ArrayLike, data_range: float = 2.0) -> Float64Array:
     """`psnr` of each picture on its own.
 
-    Shapes
-    ------
-    a, b : (N, ...)
-    result : (N,)
+    Parameters
+    ----------
+    a, b : array_like, (N, ...), the same shape
+    data_range : float
+        As for `psnr`.
+
+    Returns
+    -------
+    float64 array, (N,)
 
     Examples
     --------
@@ -91,10 +104,13 @@ def per_image_psnr(a: ArrayLike, b: ArrayLike, data_range: float = 2.0) -> Float
 def cosine_similarity(a: ArrayLike, b: ArrayLike) -> Float64Array:
     """Cosine of the angle between vectors that lie along the last axis.
 
-    Shapes
-    ------
-    a, b : (..., D)
-    result : (...)
+    Parameters
+    ----------
+    a, b : array_like, (..., D), the same shape
+
+    Returns
+    -------
+    float64 array, (...)
 
     Raises
     ------
@@ -151,6 +167,10 @@ def feature_stats(features: ArrayLike) -> FeatureStats:
     features : array_like, (N, D)
         N >= 2 samples. The covariance has full rank only if N > D.
 
+    Returns
+    -------
+    FeatureStats
+
     Examples
     --------
     >>> stats = feature_stats([[0.0, 1.0], [2.0, 1.0]])
@@ -167,6 +187,10 @@ def feature_stats_of_batches(batches: Iterable[ArrayLike]) -> FeatureStats:
     ----------
     batches : iterable of array_like, (N_i, D)
         Batches of any size, at least 2 samples in all.
+
+    Returns
+    -------
+    FeatureStats
 
     Notes
     -----
@@ -210,10 +234,9 @@ def frechet_distance(mu1: ArrayLike, sigma1: ArrayLike, mu2: ArrayLike, sigma2: 
 
     Parameters
     ----------
-    mu1, mu2 : array_like, (D,)
-        Means.
-    sigma1, sigma2 : array_like, (D, D)
-        Covariances: symmetric, no eigenvalue below zero by more than rounding; singular ones are allowed.
+    mu1, sigma1, mu2, sigma2 : array_like, (D,) and (D, D), twice
+        Means and covariances. A covariance is symmetric and has no eigenvalue below zero by more than rounding;
+        singular ones are allowed.
 
     Returns
     -------
@@ -267,6 +290,10 @@ def mean_and_spread(values: ArrayLike) -> Spread:
     ----------
     values : array_like, (n,)
         n >= 2: one run says nothing about the spread.
+
+    Returns
+    -------
+    Spread
 
     Examples
     --------

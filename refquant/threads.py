@@ -71,6 +71,17 @@ def parallel_map(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
     BLAS runs on one thread meanwhile, also for a single item, so that its sums have one order whatever
     `set_threads` says. A call from inside a worker runs its items one after another.
+
+    Parameters
+    ----------
+    function : callable
+        Of one argument.
+    items : iterable
+
+    Returns
+    -------
+    list
+        Of the results, one for each item.
     """
     todo = list(items)
     nested = getattr(_worker, "busy", False)

@@ -10,6 +10,7 @@ import numpy as np
 
 import refquant.autograd.nnops
 import refquant.autograd.ops
+import refquant.autograd.tokenops
 import refquant.quant.adaround
 import refquant.quant.fakequant
 import refquant.quant.losses
@@ -131,6 +132,19 @@ EXAMPLES = [
     Example("attention", "self", (_n(2, 4, 3), _n(2, 4, 3), _n(2, 4, 3))),
     Example("attention", "keys fewer than queries", (_n(2, 4, 3), _n(2, 2, 3), _n(2, 2, 5))),
     Example("attention", "one token", (_n(2, 1, 3), _n(2, 1, 3), _n(2, 1, 3))),
+    Example("layer_norm", "tokens", (_n(2, 3, 4),)),
+    Example("layer_norm", "shifted", (5 + 0.5 * _n(3, 6),)),
+    Example("layer_norm", "eps matters", (_n(2, 2, 3),), {"eps": 0.5}),
+    Example("modulate", "tokens", (_n(2, 3, 4), _n(2, 4), _n(2, 4))),
+    Example("modulate", "one token", (_n(3, 1, 2), _n(3, 2), _n(3, 2))),
+    Example("gated_add", "tokens", (_n(2, 3, 4), _n(2, 4), _n(2, 3, 4))),
+    Example("gelu", "matrix", (3 * _n(4, 5),)),
+    Example("gelu", "zero and its minimum", (np.array([-6.0, -0.752, -0.0, 0, 1e-8, 6]),)),
+    *(Example("split_heads", f"part {i}", (_n(2, 3, 12),), {"part": i, "parts": 3, "heads": 2}) for i in range(3)),
+    Example("split_heads", "one part, one head", (_n(2, 3, 4),), {"part": 0, "parts": 1, "heads": 1}),
+    Example("merge_heads", "two heads", (_n(4, 3, 2),), {"heads": 2}),
+    Example("merge_heads", "three heads", (_n(6, 2, 2),), {"heads": 3}),
+    Example("embedding", "a row twice, one never", (_n(4, 3),), {"index": np.array([2, 0, 2])}),
     Example("upsample_nearest", "nhwc", (_n(2, 2, 3, 2),)),
     Example("max_pool", "no ties", (_distinct(2, 4, 6, 2),)),
     Example("dropout", "rate 0.3", (_n(4, 5),), {"rate": 0.3, "rng": np.random.default_rng(1)}),

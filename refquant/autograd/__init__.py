@@ -1,6 +1,6 @@
 """A small tape over NumPy: coarse operations, each beside its derivative."""
 
-from . import nnops, ops
+from . import nnops, ops, tokenops
 from .gradcheck import GradientError, check_gradients
 from .tensor import OPS, Tensor, as_tensor, gradients, is_recording, no_grad
 
@@ -15,4 +15,5 @@ __all__ = [
     "nnops",
     "no_grad",
     "ops",
+    "tokenops",
 ]

@@ -73,13 +73,26 @@ def unfold(x: Array, kh: int, kw: int, stride: int, pads: tuple[int, int, int, i
 def conv2d(x: Tensor, w: Tensor, b: Tensor, stride: int = 1, pads: tuple[int, int, int, int] = (1, 1, 1, 1)) -> Tensor:
     """2-D convolution (cross-correlation, as everywhere in this field).
 
-    x (N, H, W, C), w (O, kh, kw, C), b (O,) -> (N, Ho, Wo, O). The vjp unfolds the gradient g
+    The vjp unfolds the gradient g
     (spread out with zeros where stride > 1) once, as V, and then
 
         dx = V · flip(w)      and      dw = flip(xᵀ · V),
 
     because the full correlation that spreads g back onto x pairs each pixel of x with exactly
     those gradients that meet it in dw.
+
+    Parameters
+    ----------
+    x : Tensor, (N, H, W, C)
+    w : Tensor, (O, kh, kw, C)
+    b : Tensor, (O,)
+    stride : int
+    pads : tuple of int
+        Zeros at the top, the bottom, the left and the right.
+
+    Returns
+    -------
+    Tensor, (N, Ho, Wo, O)
     """
     n, h, width, c = x.shape
     o, kh, kw, cin = w.shape
@@ -147,10 +160,22 @@ def add_channels(x: Tensor, e: Tensor) -> Tensor:
 def group_norm(x: Tensor, gamma: Tensor, beta: Tensor, groups: int, eps: float = 1e-6) -> Tensor:
     """Group normalisation (Wu & He 2018): y = γ (x - μ)/√(v + ε) + β, μ and v per image and group.
 
-    x (N, H, W, C), gamma and beta (C,). With x̂ the normalised value, M = H W C / groups and sums
+    With x̂ the normalised value, M = H W C / groups and sums
     over a group,
 
         dx = (γ g - mean(γ g) - x̂ mean(γ g x̂)) / √(v + ε).
+
+    Parameters
+    ----------
+    x : Tensor, (N, H, W, C)
+    gamma, beta : Tensor, (C,)
+    groups : int
+        Must divide C.
+    eps : float
+
+    Returns
+    -------
+    Tensor, (N, H, W, C)
     """
     n, h, w, c = x.shape
     if c % groups:

@@ -145,6 +145,14 @@ def silu(x: Tensor) -> Tensor:
 
     The lines are in place because each NumPy pass over a large array costs as much as a tenth
     of a convolution; e^(-x) may overflow to inf, which gives σ = 0 exactly as it should.
+
+    Parameters
+    ----------
+    x : Tensor, any shape
+
+    Returns
+    -------
+    Tensor, shape of x
     """
     s = np.negative(x.data)
     with np.errstate(over="ignore"):

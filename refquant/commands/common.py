@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from .. import io, kernels
@@ -21,6 +22,8 @@ from ..deploy.runtime import ENGINES, integer_denoiser
 from ..diffusion.denoiser import NoisePredictor
 from ..diffusion.model import DiffusionModel, find, load_model
 from ..errors import CheckpointError, RangeError, RefquantError
+from ..evaluate import Request
+from ..nn.networks import KINDS
 from ..quant.quantized import load_quantized
 from ..threads import get_threads, set_threads
 
@@ -102,12 +105,46 @@ def open_model(name: str, engine: str = "fake") -> Opened:
         if engine == "fake":
             return Opened(model.base, model.denoiser(), label, model.size_bytes())
         return Opened(model.base, integer_denoiser(model, engine), f"{label}, engine {engine}", model.size_bytes())
-    if kind != "unet":
-        raise CheckpointError(f"{path}: holds a {kind}, which draws nothing. Give a UNet or a quantized model.")
+    if kind not in KINDS:
+        raise CheckpointError(
+            f"{path}: holds a {kind}, which draws nothing. Give a float ({', '.join(KINDS)}) or a quantized model."
+        )
     if engine != "fake":
         raise RefquantError(f"{name} is a float model: --engine {engine} runs quantized ones. Quantize it first.")
     base = load_model(name)
     return Opened(base, base.denoiser(), f"{base.name} float32", 4 * base.network.parameter_count())
+
+
+def add_classes(parser: argparse.ArgumentParser) -> None:
+    """Add --class and --guidance, for conditional models."""
+    group = parser.add_argument_group("conditional models")
+    group.add_argument(
+        "--class", dest="classes", type=_integers, metavar="K,...",
+        help="classes of the images, taken in turn (default: all classes in turn)",
+    )  # fmt: skip
+    group.add_argument(
+        "--guidance", type=float, metavar="W",
+        help="classifier-free guidance: 0 forgets the class, 1 conditional, above exaggerates (default: 1)",
+    )  # fmt: skip
+
+
+def _integers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 7 or 0,1,2") from None
+
+
+def requested(args: argparse.Namespace, model: DiffusionModel, count: int) -> Request | None:
+    """Return what --class and --guidance ask a conditional model for; None of an unconditional one."""
+    if not model.classes:
+        if args.classes is not None or args.guidance is not None:
+            raise RangeError(f"{model.name} is unconditional: it knows neither --class nor --guidance.")
+        return None
+    chosen = range(model.classes) if args.classes is None else args.classes
+    if not all(0 <= k < model.classes for k in chosen):
+        raise RangeError(f"--class is {chosen}; {model.name} knows the classes 0 to {model.classes - 1}.")
+    return Request(np.resize(np.array(chosen), count), 1.0 if args.guidance is None else args.guidance)
 
 
 def progress(total: int, label: str, args: argparse.Namespace) -> tqdm[Any]:

@@ -14,7 +14,18 @@ from ..diffusion.model import load_model
 from ..errors import RangeError
 from ..evaluate import BATCH, Judge, per_step_error, sample_run
 from ..metrics import mean_and_spread, psnr
-from .common import add_engine, add_verb, open_model, print_table, progress, say, setting, write_json
+from .common import (
+    add_classes,
+    add_engine,
+    add_verb,
+    open_model,
+    print_table,
+    progress,
+    requested,
+    say,
+    setting,
+    write_json,
+)
 
 
 def add(verbs: Any) -> None:
@@ -33,6 +44,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--reference", metavar="MODEL", help="float model to compare with, from the same noise (PSNR)")
     p.add_argument("--judge", default="mnist-classifier", metavar="MODEL", help="classifier whose features are used")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
+    add_classes(p)
     add_engine(p)
     p.set_defaults(run=run)
 
@@ -44,21 +56,28 @@ def run(args: argparse.Namespace) -> int:
     judge = Judge(args.judge)
     opened = open_model(args.model, args.engine)
     reference = load_model(args.reference) if args.reference else None
+    if reference is not None and reference.classes != opened.base.classes:
+        raise RangeError(
+            f"--reference {args.reference} knows {reference.classes} classes, {args.model} {opened.base.classes}."
+        )
+    request = requested(args, opened.base, args.n)
     say(args, f"{opened.description}, {setting()}")
     errors: list[np.ndarray] = []
-    numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "psnr_db": [], "seconds": []}
+    numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "requested": [], "psnr_db": [], "seconds": []}
     batches = -(-args.n // BATCH)
     sampler = partial(ddim_sample, steps=args.steps, eta=args.eta)
     with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
         for seed in range(args.seed, args.seed + args.runs):
             follow = lambda _: bar.update()  # noqa: E731
-            made = sample_run(opened.eps, opened.base, args.n, sampler, seed=seed, on_step=follow)
+            made = sample_run(opened.eps, opened.base, args.n, sampler, seed=seed, request=request, on_step=follow)
             numbers["frechet"].append(judge.frechet(made.images))
             numbers["confident"].append(judge.confident(made.images))
+            if request is not None:
+                numbers["requested"].append(judge.obedient(made.images, request.y))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
                 eps = reference.denoiser()
-                wanted = sample_run(eps, reference, args.n, sampler, seed=seed, on_step=follow)
+                wanted = sample_run(eps, reference, args.n, sampler, seed=seed, request=request, on_step=follow)
                 numbers["psnr_db"].append(psnr(made.images, wanted.images))
                 errors.append(per_step_error(made, wanted))
     rows = [(key, _with_spread(values)) for key, values in numbers.items() if values]
@@ -67,12 +86,15 @@ def run(args: argparse.Namespace) -> int:
         (f"mse after step {k + 1}", f"{steps[k]:.2e}") for k in sorted({0, len(steps) // 2, len(steps) - 1}) if steps
     ]
     how = f"DDIM {args.steps} steps, eta {args.eta:g}"
+    if request is not None:
+        how += f", guidance {request.guidance:g}"
     print(f"{opened.description}: {args.runs} runs of {args.n} images, {how}, seeds from {args.seed}")
     print_table(("measure", "mean ± std"), rows)
     real = judge.metadata["real_1000_frechet"]
     print(f"frechet: on the features of {args.judge}, not the Inception FID; ", end="")
     print(f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")
-    setup = {name: getattr(args, name) for name in ("n", "runs", "steps", "eta", "seed", "judge", "reference")}
+    names = ("n", "runs", "steps", "eta", "seed", "judge", "reference", "classes", "guidance")
+    setup = {name: getattr(args, name) for name in names}
     found = {"model": opened.description, "real_1000_frechet": real, "per_step_mse": steps, **numbers}
     write_json(args.json, {**setup, **found})
     return 0

@@ -16,7 +16,7 @@ from ..diffusion.ddpm import VARIANCES, ddpm_sample
 from ..errors import RefquantError
 from ..evaluate import BATCH, sample_run
 from ..viz import image_grid, save_png
-from .common import add_engine, add_verb, open_model, progress, say, setting
+from .common import add_classes, add_engine, add_verb, open_model, progress, requested, say, setting
 
 
 def add(verbs: Any) -> None:
@@ -32,6 +32,7 @@ def add(verbs: Any) -> None:
     p.add_argument("--eta", type=float, default=0.0, metavar="E", help="noise of ddim: 0 none, 1 as much as ddpm")
     p.add_argument("--spacing", choices=("uniform", "quadratic"), default="uniform", help="time-steps of ddim")
     p.add_argument("--variance", choices=VARIANCES, default="posterior", help="noise of ddpm")
+    add_classes(p)
     add_engine(p)
     p.set_defaults(run=run)
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     opened = open_model(args.model, args.engine)
     base = opened.base
     say(args, f"{opened.description}, {setting()}")
+    request = requested(args, base, args.n)
     steps = args.steps if args.sampler == "ddim" else base.schedule.timesteps
     sampler = (
         partial(ddim_sample, steps=steps, eta=args.eta, spacing=args.spacing)
@@ -50,13 +52,17 @@ def run(args: argparse.Namespace) -> int:
         else partial(ddpm_sample, variance=args.variance)
     )
     with progress(-(-args.n // BATCH) * steps, "sample", args) as bar:
-        made = sample_run(opened.eps, base, args.n, sampler, seed=args.seed, on_step=lambda _: bar.update())
+        made = sample_run(
+            opened.eps, base, args.n, sampler, seed=args.seed, request=request, on_step=lambda _: bar.update()
+        )
     images = np.clip(made.images, -1, 1)
     facts = {
         "model": opened.description, "n": args.n, "sampler": args.sampler, "steps": steps, "seed": args.seed,
         "refquant": __version__,
     }  # fmt: skip
     facts |= {"eta": args.eta, "spacing": args.spacing} if args.sampler == "ddim" else {"variance": args.variance}
+    if request is not None:
+        facts |= {"classes": args.classes or list(range(base.classes)), "guidance": request.guidance}
     if args.out.suffix == ".png":
         save_png(args.out, image_grid(images, scale=2), facts)
     else:

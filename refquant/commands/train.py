@@ -18,7 +18,7 @@ from ..errors import RangeError
 from ..metrics import feature_stats, frechet_distance, mean_and_spread
 from ..nn.classifier import Classifier, ClassifierConfig, accuracy, train_classifier
 from ..nn.fit import FitConfig
-from ..nn.unet import CONFIGS, UNet, config
+from ..nn.networks import CONFIGS, build, config
 from .common import add_verb, say, setting
 
 REAL_DRAWS = 10  # random sets of 1,000 real test images that calibrate the Frechet distance
@@ -31,7 +31,8 @@ def add(verbs: Any) -> None:
         verbs, "train", "Train a model on a data set; a run that is killed goes on where it was.",
         "refquant train mnist-unet --data shapes --steps 200 --out shapes-unet.safetensors", out="model.safetensors",
     )  # fmt: skip
-    p.add_argument("network", nargs="?", default="mnist-unet", choices=(*CONFIGS, SPECIAL), help="what to train")
+    networks = [name for name, cfg in CONFIGS.items() if not cfg.learn_sigma]  # the loss teaches no variances
+    p.add_argument("network", nargs="?", default="mnist-unet", choices=(*networks, SPECIAL), help="what to train")
     p.add_argument("--data", default="mnist", metavar="NAME", help=f"one of {', '.join(data.names())}")
     p.add_argument("--schedule", choices=tuple(SCHEDULES), help="noise schedule (default: cosine, or that of --start)")
     p.add_argument(
@@ -97,7 +98,7 @@ def _beginning(args: argparse.Namespace, facts: dict[str, Any], rng: np.random.G
     cfg = config(args.network)
     if args.start is None:
         noise = schedule(args.schedule or "cosine", 1000 if args.timesteps is None else args.timesteps)
-        return DiffusionModel(args.out.stem, UNet(cfg, rng), noise, args.prediction or "eps", facts)
+        return DiffusionModel(args.out.stem, build(cfg, rng), noise, args.prediction or "eps", facts)
     base = load_model(args.start)
     if base.network.cfg != cfg:
         raise RangeError(f"--start {args.start} is not a {args.network}: it has {base.network.cfg}, not {cfg}.")

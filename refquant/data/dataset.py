@@ -26,7 +26,7 @@ from refquant.errors import RangeError, ShapeError
 class Dataset:
     """Labelled images, read-only.
 
-    Parameters
+    Attributes
     ----------
     name : str
         Where the images come from, e.g. "mnist".

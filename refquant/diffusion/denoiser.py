@@ -3,7 +3,7 @@
 A sampler knows nothing of networks. It calls ``eps(x, t, step)`` with x (N, C, H, W) float32,
 the time-step t (one integer for the whole batch) and the index of the sampler's step, counted
 from the noisiest, and gets the predicted noise, shaped like x. `Denoiser` makes such a function of
-a UNet: it turns NCHW into NHWC and back, records no graph, and spreads the batch over the worker
+a network: it turns NCHW into NHWC and back, records no graph, and spreads the batch over the worker
 threads in chunks of fixed size.
 
 What a network was trained to predict is its `prediction`:
@@ -46,7 +46,8 @@ class Denoiser:
     Parameters
     ----------
     network : callable
-        ``network(Tensor (N, H, W, C), t (N,)) -> Tensor (N, H, W, C)``, such as a `UNet`.
+        ``network(Tensor (N, H, W, C), t (N,)) -> Tensor (N, H, W, C)``, such as a `UNet`; further channels of
+        the result, which hold variances, are left aside. A conditional one takes ``y=`` (N,), too.
     chunk : int
         Images that one thread works on at a time. Samples may differ in the last bit between chunk
         sizes, because BLAS sums in another order; never between numbers of threads.
@@ -56,21 +57,24 @@ class Denoiser:
 
     def __init__(
         self,
-        network: Callable[[Tensor, NDArray[np.integer]], Tensor],
+        network: Callable[..., Tensor],
         chunk: int = 16,
         v_of: Schedule | None = None,
     ) -> None:
         self.network, self.chunk, self.v_of = network, chunk, v_of
 
-    def __call__(self, x: Images, t: int, step: int) -> Images:
-        """Predict the noise in x (N, C, H, W)."""
+    def __call__(self, x: Images, t: int, step: int, y: NDArray[np.integer] | None = None) -> Images:
+        """Predict the noise in x (N, C, H, W); of a conditional network, for the classes y (N,), if given."""
 
-        def run(part: NDArray[Any]) -> NDArray[Any]:
+        def run(part: slice) -> NDArray[Any]:
+            images = x[part]
+            classes = {} if y is None else {"y": y[part]}
             with no_grad():
-                nhwc = Tensor(np.ascontiguousarray(part.transpose(0, 2, 3, 1)))
-                return self.network(nhwc, np.full(len(part), t)).data.transpose(0, 3, 1, 2)
+                nhwc = Tensor(np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
+                out = self.network(nhwc, np.full(len(images), t), **classes).data
+                return out[..., : x.shape[1]].transpose(0, 3, 1, 2)
 
-        parts = [x[i : i + self.chunk] for i in range(0, len(x), self.chunk)]
+        parts = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
         out = np.concatenate(parallel_map(run, parts)).astype(x.dtype, copy=False)
         if self.v_of is None:
             return out

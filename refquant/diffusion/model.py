@@ -15,7 +15,7 @@ import numpy as np
 from .. import io
 from ..errors import CheckpointError, UnknownNameError
 from ..nn.classifier import Classifier, ClassifierConfig
-from ..nn.unet import UNet, UNetConfig
+from ..nn.networks import KINDS, Network, build, config_from_json
 from .denoiser import PREDICTIONS, Denoiser
 from .schedule import Schedule, schedule
 
@@ -30,7 +30,7 @@ class DiffusionModel:
     ----------
     name : str
         Asset name or file stem, for tables and captions.
-    network : UNet
+    network : UNet or DiT
     schedule : Schedule
     prediction : {"eps", "v"}
         What the network was trained to answer, see `denoiser`.
@@ -39,12 +39,12 @@ class DiffusionModel:
     """
 
     name: str
-    network: UNet
+    network: Network
     schedule: Schedule
     prediction: str = "eps"
     metadata: dict[str, Any] = field(default_factory=dict)
 
-    def denoiser(self, network: UNet | None = None, chunk: int = 16) -> Denoiser:
+    def denoiser(self, network: Network | None = None, chunk: int = 16) -> Denoiser:
         """Return the noise predictor for samplers; of another `network` in the place of its own, if given."""
         return Denoiser(network or self.network, chunk, self.schedule if self.prediction == "v" else None)
 
@@ -54,11 +54,16 @@ class DiffusionModel:
         cfg = self.network.cfg
         return cfg.image_channels, cfg.image_size, cfg.image_size
 
+    @property
+    def classes(self) -> int:
+        """Classes that it can be asked for; 0 where it is unconditional."""
+        return self.network.cfg.classes
+
     def save(self, path: Path) -> None:
         """Write the checkpoint (see `refquant.io.save` for the errors)."""
         facts = {
             **self.metadata,
-            "kind": "unet",
+            "kind": self.network.cfg.kind,
             "network": self.network.cfg.to_json(),
             "schedule": self.schedule.name,
             "timesteps": self.schedule.timesteps,
@@ -75,6 +80,15 @@ def asset_names() -> list[str]:
 
 def find(name: str) -> Path:
     """Return the file that a model name or path means.
+
+    Parameters
+    ----------
+    name : str
+        Asset name, or path of a checkpoint.
+
+    Returns
+    -------
+    Path
 
     Raises
     ------
@@ -95,23 +109,29 @@ def find(name: str) -> Path:
 def load_model(name: str) -> DiffusionModel:
     """Load a float model by asset name or path (see `find` and `refquant.io.load` for the errors)."""
     path = find(name)
-    return from_checkpoint(io.load(path, kind="unet"))
+    found = io.load(path)
+    if found.kind not in KINDS:
+        raise CheckpointError(
+            f"{path}: is a checkpoint of kind '{found.kind}', wanted is a float model ({', '.join(KINDS)}). "
+            "Give one that `refquant train` wrote."
+        )
+    return from_checkpoint(found)
 
 
 def from_checkpoint(found: io.Checkpoint) -> DiffusionModel:
-    """Build the model that a loaded checkpoint of kind 'unet' describes."""
+    """Build the model that a loaded checkpoint of a float model describes."""
     facts = found.metadata
     for key in ("network", "schedule", "timesteps"):
         if key not in facts:
             raise CheckpointError(f"{found.path}: its metadata lacks {key!r}; it was not written by refquant train.")
-    model = frame(found.path.stem, facts)
+    model = frame(found.path.stem, facts, found.kind)
     model.network.load_state_dict(found.tensors)
     return model
 
 
-def frame(name: str, facts: dict[str, Any]) -> DiffusionModel:
-    """Build the model that metadata describe, with weights yet to be loaded."""
-    network = UNet(UNetConfig.from_json(facts["network"]), np.random.default_rng(0))
+def frame(name: str, facts: dict[str, Any], kind: str = "unet") -> DiffusionModel:
+    """Build the model that metadata describe, with weights yet to be loaded; `kind` is that of its network."""
+    network = build(config_from_json(kind, facts["network"]), np.random.default_rng(0))
     prediction = facts.get("prediction", "eps")  # what every checkpoint predicted before it was written down
     if prediction not in PREDICTIONS:
         raise CheckpointError(f"{name}: prediction {prediction!r} is unknown; {', '.join(PREDICTIONS)} are known.")

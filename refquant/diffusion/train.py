@@ -14,6 +14,8 @@ holds easy and hard time-steps in equal parts.
 t / T = s u / (1 + (s - 1) u), whose density is s at the noisy end and 1/s at the clean one; s = 1 is uniform.
 It pays where the image's shape is what a briefly trained network gets wrong: real images noised to
 t = 780 of 1,000 come back as real ones, so that all of the error is made in the noisiest fifth.
+
+A conditional network is told the class of each image, and drops some of them itself (see `refquant.nn.dit`).
 """
 
 from __future__ import annotations
@@ -29,19 +31,20 @@ from ..autograd import Tensor, ops
 from ..data.dataset import Dataset, to_float
 from ..errors import RangeError, ShapeError
 from ..nn.fit import FitConfig, epoch_order, fit
-from ..nn.unet import UNet
+from ..nn.networks import Network
 from .denoiser import target
 from .schedule import Schedule
 
 
 @dataclass(frozen=True)
 class NoisyChunk:
-    """Part of a batch: x_t and target (N, H, W, C), t (N,), and a generator for dropout."""
+    """Part of a batch: x_t and target (N, H, W, C), t (N,), a generator for dropout, and classes y (N,) or None."""
 
     x_t: NDArray[np.float32]
     target: NDArray[np.float32]
     t: NDArray[np.int64]
     rng: np.random.Generator
+    y: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Count the examples."""
@@ -55,8 +58,9 @@ def noisy_chunks(
     step: int,
     prediction: str = "eps",
     shift: float = 1.0,
+    labels: NDArray[np.int64] | None = None,
 ) -> list[NoisyChunk]:
-    """Build the batch of one step from images (N, C, H, W) uint8; a function of (seed, step) alone."""
+    """Build the batch of one step from images (N, C, H, W) uint8, labels (N,); a function of (seed, step) alone."""
     index = epoch_order(len(images), cfg, step)
     x_0 = np.ascontiguousarray(to_float(images[index]).transpose(0, 2, 3, 1))
     rng = np.random.default_rng([cfg.seed, 2, step])
@@ -67,16 +71,20 @@ def noisy_chunks(
     t = np.minimum(t, schedule.timesteps - 1)
     x_t = schedule.q_sample(x_0, t, noise)
     wanted = target(prediction, schedule, x_0, t, noise)
+    y = None if labels is None else labels[index]
     # interleave, so that every chunk holds time-steps from the whole range
     parts = -(-cfg.batch // cfg.chunk)
     return [
-        NoisyChunk(x_t[i::parts], wanted[i::parts], t[i::parts], np.random.default_rng([cfg.seed, 3, step, i]))
+        NoisyChunk(
+            x_t[i::parts], wanted[i::parts], t[i::parts], np.random.default_rng([cfg.seed, 3, step, i]),
+            None if y is None else y[i::parts],
+        )
         for i in range(parts)
-    ]
+    ]  # fmt: skip
 
 
 def train(
-    model: UNet,
+    model: Network,
     data: Dataset,
     schedule: Schedule,
     cfg: FitConfig,
@@ -93,27 +101,60 @@ def train(
     `shift` > 0 prefers noisy time-steps (see above). `start` names the weights that the model brought along, so
     that a state file is refused by a run that began elsewhere; empty for fresh ones. See
     `refquant.nn.fit.fit` for `state`, `save_seconds` and `quiet`.
+
+    Parameters
+    ----------
+    model : UNet or DiT
+    data : Dataset
+    schedule : Schedule
+    cfg : FitConfig
+    prediction : {"eps", "v"}
+        What the network learns to answer.
+    shift : float
+        Above 1 prefers noisy time-steps (module docstring).
+    start : str
+        Names the weights that the model brought along, so that a state file is refused by a run that began
+        elsewhere; empty for fresh ones.
+    state : Path, optional
+    save_seconds : float
+    quiet : bool
+        These three as for `refquant.nn.fit.fit`.
+
+    Returns
+    -------
+    float32 array, (steps,)
+        The loss of each step.
     """
     if not 0 < shift < np.inf:
         raise RangeError(f"shift is {shift}; it must be above 0 (1 is uniform, 3 prefers noisy time-steps).")
-    want = (model.cfg.image_channels, model.cfg.image_size, model.cfg.image_size)
+    net = model.cfg
+    want = (net.image_channels, net.image_size, net.image_size)
     if data.images.shape[1:] != want:
         raise ShapeError(
             f"the network draws images (C, H, W) = {want}, the data set {data.name!r} has {data.images.shape[1:]}. "
             "Choose a data set or a network that fits."
         )
+    if net.learn_sigma:
+        raise RangeError("this network answers variances, too, which the loss here does not teach: learn_sigma=False.")
+    if net.classes and data.labels.max() >= net.classes:
+        raise RangeError(
+            f"the network knows {net.classes} classes, the data set {data.name!r} has {data.labels.max() + 1}. "
+            "Choose a data set or a network that fits."
+        )
+    labels = data.labels if net.classes else None
 
     def loss(chunk: NoisyChunk) -> Tensor:
-        return ops.mse(model(Tensor(chunk.x_t), chunk.t, chunk.rng), chunk.target)
+        classes = {} if chunk.y is None else {"y": chunk.y}
+        return ops.mse(model(Tensor(chunk.x_t), chunk.t, chunk.rng, **classes), chunk.target)
 
     return fit(
         model,
-        lambda step: noisy_chunks(data.images, schedule, cfg, step, prediction, shift),
+        lambda step: noisy_chunks(data.images, schedule, cfg, step, prediction, shift, labels),
         loss,
         cfg,
         state=state,
         recipe={
-            "network": model.cfg.to_json(),
+            "network": net.to_json(),
             "data": data.name,
             "data_sha256": hashlib.sha256(np.ascontiguousarray(data.images)).hexdigest(),
             "schedule": schedule.name,
@@ -121,6 +162,7 @@ def train(
             "prediction": prediction,
             "shift": shift,
             "start": start,
+            **({} if labels is None else {"labels_sha256": hashlib.sha256(labels.tobytes()).hexdigest()}),
         },
         save_seconds=save_seconds,
         quiet=quiet,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..autograd import Tensor, nnops, ops
+from ..autograd import Tensor, nnops, ops, tokenops
 from ..errors import ShapeError
 from .module import Module, Parameter
 
@@ -37,7 +37,17 @@ class Linear(Module):
 class Conv2d(Module):
     """(N, H, W, C) -> (N, Ho, Wo, O); weight (O, k, k, C), bias (O,).
 
-    `pads` is (top, bottom, left, right); by default the size is kept at stride 1.
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Draws the initial weights.
+    inputs, outputs : int
+        Channels, C and O.
+    kernel, stride : int
+    pads : tuple of int, optional
+        (top, bottom, left, right); by default the size is kept at stride 1.
+    gain : float
+        Scale of the initial weights; 0 makes the layer answer 0.
     """
 
     def __init__(
@@ -89,11 +99,35 @@ class AttentionProduct(Module):
         return nnops.attention(q, k, v)
 
 
+class SiLU(Module):
+    """x σ(x), without parameters; a module so that the layers after it in a list count as they do in PyTorch."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the function."""
+        return ops.silu(x)
+
+
+class Embedding(Module):
+    """A table of vectors: integers (N,) in [0, K) -> (N, D); weight (K, D), normal with deviation `std` at first."""
+
+    def __init__(self, rng: np.random.Generator, rows: int, width: int, std: float) -> None:
+        self.weight = Parameter(rng.standard_normal((rows, width), dtype=np.float32) * np.float32(std))
+
+    def __call__(self, index: NDArray[np.integer]) -> Tensor:
+        """Take the rows."""
+        return tokenops.embedding(self.weight, index)
+
+
 class Dropout(Module):
     """Drops with probability `rate` where a generator is given, and is the identity where none is.
 
     Training hands a generator down the network; evaluation and sampling do not, so dropout cannot
     be left on by accident.
+
+    Parameters
+    ----------
+    rate : float
+        Probability that a value is dropped.
     """
 
     def __init__(self, rate: float) -> None:

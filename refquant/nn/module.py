@@ -69,6 +69,11 @@ class Module:
     def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Copy arrays into the parameters; names, shapes and kinds must agree exactly.
 
+        Parameters
+        ----------
+        state : mapping of str to array
+            As `state_dict` gives it.
+
         Raises
         ------
         CheckpointError

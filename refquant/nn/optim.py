@@ -45,6 +45,18 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, decay: int) -
     """Up linearly over `warmup` steps, flat at `peak`, down linearly to 0 over the last `decay` of `steps`.
 
     The flat part is the same for every length of run, so a run can be made longer or shorter while it lasts.
+
+    Parameters
+    ----------
+    step, steps : int
+        Where the run is, from 0, and how long it is.
+    peak : float
+    warmup, decay : int
+        Steps.
+
+    Returns
+    -------
+    float
     """
     up = (step + 1) / warmup if step < warmup else 1.0
     down = (steps - step) / decay if steps - step < decay else 1.0

@@ -19,13 +19,13 @@ divisible by 2^(levels - 1).
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..autograd import Tensor, nnops, ops
-from ..errors import CheckpointError, RangeError, ShapeError, UnknownNameError
+from ..errors import CheckpointError, RangeError, ShapeError
 from .layers import AttentionProduct, Conv2d, Dropout, GroupNorm, Linear
 from .module import Module
 
@@ -63,6 +63,10 @@ class UNetConfig:
     groups: int
     dropout: float
 
+    kind: ClassVar[str] = "unet"
+    classes: ClassVar[int] = 0  # unconditional
+    learn_sigma: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         for name in ("image_size", "image_channels", "channels", "multipliers", "blocks", "groups"):
             value = getattr(self, name)
@@ -89,23 +93,20 @@ class UNetConfig:
             raise CheckpointError(f"not the configuration of a UNet: {error}.") from None
 
 
-CONFIGS = {
-    "mnist-unet": UNetConfig(28, 1, 16, (1, 2, 6), 1, (7,), 8, 0.0),
-    "ddpm-cifar10": UNetConfig(32, 3, 128, (1, 2, 2, 2), 2, (16,), 32, 0.1),
-}
-
-
-def config(name: str) -> UNetConfig:
-    """Return the named configuration; UnknownNameError lists the names there are."""
-    if name not in CONFIGS:
-        raise UnknownNameError(f"no network is called {name!r}. Known: {', '.join(CONFIGS)}.")
-    return CONFIGS[name]
-
-
 def timestep_embedding(t: NDArray[np.integer], channels: int) -> NDArray[np.float32]:
     """Sinusoids of the time-step: t (N,) -> (N, channels), ``[sin(t f_j) | cos(t f_j)]``.
 
     f_j = exp(-ln(10000) j / (channels/2 - 1)), as in DDPM (Ho et al.; ddim models/diffusion.py:6-24).
+
+    Parameters
+    ----------
+    t : int array, (N,)
+    channels : int
+        Even.
+
+    Returns
+    -------
+    float32 array, (N, channels)
     """
     half = channels // 2
     # float32 throughout, as the original: the golden values are float32 results

@@ -49,4 +49,8 @@ def test_the_judge_tells_noise_from_nothing():
     noise = rng.uniform(-1, 1, (100, 1, 28, 28)).astype(np.float32)
     assert judge.frechet(noise) > 20 * judge.metadata["real_1000_frechet"]["mean"]
     assert 0 <= judge.confident(noise) <= 1
+    sure = judge.classifier.judge(noise)[1]
+    for k in (0, 8):  # the share that is recognised as k, of images that are all requested to be k
+        assert judge.obedient(noise, np.full(100, k)) == np.mean(sure[:, k] > 0.9)
+    assert judge.obedient(noise, sure.argmax(axis=1)) == judge.confident(noise) > 0
     assert judge.metadata["test_accuracy"] >= 0.99

@@ -6,7 +6,8 @@ Activations are NHWC here and NCHW there, weights OHWI and OIHW; `nchw` and `nhw
 import numpy as np
 import pytest
 
-from refquant.autograd import Tensor, gradients, nnops, ops
+from refquant.autograd import Tensor, gradients, nnops, ops, tokenops
+from refquant.nn.dit import DiT, DiTBlock, DiTConfig, timestep_embedding
 from refquant.nn.unet import AttentionBlock, ResBlock, UNetConfig
 
 torch = pytest.importorskip("torch", reason="PyTorch, a second opinion, is not installed (pip install torch)")
@@ -114,6 +115,23 @@ def test_cross_entropy():
     )
 
 
+def test_layer_norm():
+    """nn.LayerNorm without affine, eps 1e-6."""
+    layer = torch.nn.LayerNorm(8, eps=1e-6, elementwise_affine=False)
+    assert_agree(tokenops.layer_norm, layer, 3 + n(2, 5, 8))
+
+
+def test_gelu():
+    assert_agree(tokenops.gelu, lambda x: F.gelu(x, approximate="tanh"), 3 * n(4, 7))
+
+
+def test_embedding():
+    index = np.array([2, 0, 2])
+    assert_agree(
+        lambda table: tokenops.embedding(table, index), lambda table: F.embedding(torch.tensor(index), table), n(4, 3)
+    )
+
+
 def run(module, names, call):
     """Ours with its parameters replaced by tensors: the attributes are set, `call` runs it."""
 
@@ -122,7 +140,7 @@ def run(module, names, call):
             *path, last = name.split(".")
             owner = module
             for step in path:
-                owner = getattr(owner, step)
+                owner = owner[int(step)] if step.isdecimal() else getattr(owner, step)
             setattr(owner, last, tensor)
         return call(*tensors[len(names) :])
 
@@ -174,3 +192,64 @@ def test_attention_block():
 
     weights = [n(*p.shape) for p in block.parameters()]
     assert_agree(run(block, names, block), theirs, *weights, n(2, 3, 4, 8))
+
+
+def torch_dit_block(p, x, c, heads):
+    """The block of facebookresearch/DiT models.py:103-123 in PyTorch's functions; p by published names."""
+
+    def linear(h, layer):
+        return F.linear(h, p[f"{layer}.weight"], p[f"{layer}.bias"])
+
+    def normed(h, shift, scale):
+        return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+    shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = linear(F.silu(c), "adaLN_modulation.1").chunk(6, dim=1)
+    batch, length, width = x.shape
+    qkv = linear(normed(x, shift_1, scale_1), "attn.qkv").reshape(batch, length, 3, heads, width // heads)
+    h = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).reshape(x.shape)
+    x = x + gate_1[:, None] * linear(h, "attn.proj")
+    h = F.gelu(linear(normed(x, shift_2, scale_2), "mlp.fc1"), approximate="tanh")
+    return x + gate_2[:, None] * linear(h, "mlp.fc2")
+
+
+def test_dit_block():
+    """Values and gradients of x, c and every parameter, three heads."""
+    cfg = DiTConfig(4, 1, patch=2, width=12, depth=1, heads=3, mlp_ratio=2)
+    block = DiTBlock(np.random.default_rng(0), cfg)
+    names = [name for name, _ in block.named_parameters()]
+    weights = [n(*p.shape) / np.sqrt(p.shape[-1]) for p in block.parameters()]
+    assert_agree(
+        run(block, names, block),
+        lambda *tensors: torch_dit_block(dict(zip(names, tensors, strict=False)), *tensors[len(names) :], heads=3),
+        *weights,
+        n(2, 5, 12),
+        n(2, 12),
+    )
+
+
+def test_dit():
+    """A whole network, from patches to pixels, NCHW there; classes, time, and 2 C channels."""
+    cfg = DiTConfig(8, 2, patch=4, width=16, depth=2, heads=4, classes=3, learn_sigma=True)
+    net = DiT(cfg, np.random.default_rng(0))
+    names = [name for name, _ in net.named_parameters()]
+    t, y = np.array([3, 700, 20]), np.array([0, 3, 1])
+
+    def theirs(*tensors):
+        p, x = dict(zip(names, tensors, strict=False)), nchw(tensors[-1])
+        h = F.conv2d(x, nchw(p["x_embedder.proj.weight"]), p["x_embedder.proj.bias"], stride=4)
+        h = h.flatten(2).transpose(1, 2) + torch.tensor(net.positions)
+        sinusoid = torch.tensor(timestep_embedding(t)).double()
+        c = F.linear(sinusoid, p["t_embedder.mlp.0.weight"], p["t_embedder.mlp.0.bias"])
+        c = F.linear(F.silu(c), p["t_embedder.mlp.2.weight"], p["t_embedder.mlp.2.bias"])
+        c = c + F.embedding(torch.tensor(y), p["y_embedder.embedding_table.weight"])
+        for i in range(2):
+            start = f"blocks.{i}."
+            h = torch_dit_block({k[len(start) :]: v for k, v in p.items() if k.startswith(start)}, h, c, heads=4)
+        m = F.linear(F.silu(c), p["final_layer.adaLN_modulation.1.weight"], p["final_layer.adaLN_modulation.1.bias"])
+        shift, scale = m[:, None].chunk(2, dim=2)
+        h = F.layer_norm(h, (16,), eps=1e-6) * (1 + scale) + shift
+        h = F.linear(h, p["final_layer.linear.weight"], p["final_layer.linear.bias"])
+        return nhwc(torch.einsum("nhwpqc->nchpwq", h.reshape(3, 2, 2, 4, 4, 4)).reshape(3, 4, 8, 8))
+
+    weights = [n(*p.shape) / np.sqrt(np.prod(p.shape[1:])) for p in net.parameters()]
+    assert_agree(run(net, names, lambda x: net(x, t, y=y)), theirs, *weights, n(3, 8, 8, 2))
