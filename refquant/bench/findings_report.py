@@ -25,6 +25,7 @@ CLAIMS = {
     "3": "Ranges for each step (FSC) help; whether for temporal layers only or for all makes little difference.",
     "5": "TFMQ-DM is better than Q-Diffusion at equal coverage, not only because it leaves more in float.",
     "6": "TFMQ-DM calibrates 2.0 times as fast as earlier work.",
+    "steps": "States drawn by the importance of their time-steps are better to learn on than even ones.",
     "8": "Normally distributed calibration time-steps are better than uniform ones (PTQ4DM).",
     "10": "A running average of batch extremes is good enough for the ranges of a step.",
     "11": "Cached temporal features disturb less than computed ones (journal version).",
@@ -121,6 +122,16 @@ def verdict_6(m: Measured) -> str:
     )
 
 
+def verdict_steps(m: Measured) -> str:
+    """Importance against even sampling, method by method."""
+    parts = [
+        f"{judge(_psnr(m[f'{name}, importance']), _psnr(m[f'{name}, uniform']))} for {name} "
+        f"({m[f'{name}, importance']['psnr_db'][0]:.1f} and {m[f'{name}, uniform']['psnr_db'][0]:.1f} dB)"
+        for name in ("brecq", "tfmq")
+    ]
+    return "; ".join(parts) + "."
+
+
 def verdict_8(m: Measured) -> str:
     """Normal against uniform, and what the released labels do."""
     return (
@@ -157,7 +168,7 @@ def verdict_12(m: Measured) -> str:
 
 VERDICTS: dict[str, Callable[[Measured], str]] = {
     "1": verdict_1, "1, bit-widths": verdict_bits, "2": verdict_2, "3": verdict_3, "5": verdict_5, "6": verdict_6,
-    "8": verdict_8, "10": verdict_10, "11": verdict_11, "12": verdict_12,
+    "steps": verdict_steps, "8": verdict_8, "10": verdict_10, "11": verdict_11, "12": verdict_12,
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ..compare import HEADER, Reference, cells, markdown, measure
 from ..diffusion.model import load_model
 from ..errors import RangeError, RefquantError, UnknownNameError
 from ..evaluate import BATCH
-from ..quant.methods import METHODS
+from ..quant.methods import METHODS, methods_for
 from ..quant.quantized import load_quantized
 from ..threads import get_threads
 from ..viz import labelled_rows, plot_over_time, plot_per_step_error, save_png
@@ -35,8 +35,8 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
     p.add_argument(
-        "--methods", default=",".join(METHODS), metavar="NAMES",
-        help="with options after colons, such as tfmq:fsc=temporal:time_steps=20",
+        "--methods", metavar="NAMES",
+        help="with options after colons, such as tfmq:fsc=temporal:time_steps=20; all that fit the model by default",
     )  # fmt: skip
     p.add_argument("--bits", default="W8A8,W4A8", metavar="BITS", help="such as W4A8,W4A32")
     add_calibration(p)
@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> int:
     if args.n < 2 or args.runs < 1:
         raise RangeError(f"-n is {args.n} and --runs is {args.runs}; at least 2 images and 1 run are needed.")
     bits = [parse_bits(text) for text in args.bits.split(",")]
-    methods = [parse_method(text) for text in args.methods.split(",")]
-    args.out.mkdir(exist_ok=True)
     model = load_model(args.model)
+    named = args.methods.split(",") if args.methods else methods_for(model.network.cfg.kind)
+    methods = [parse_method(text) for text in named]
+    args.out.mkdir(exist_ok=True)
     say(args, f"{model.name}: {len(methods)} methods at {len(bits)} bit-widths, {setting()}")
     entries = [(m, w, a, calibrated(args, m, w, a)) for w, a in bits for m in methods]
 
@@ -74,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     print_table(HEADER, [cells(row) for row in rows])
     caption = (
         f"{model.name}, {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}; "
-        f"calibrated on {args.images} trajectories, {args.iterations} iterations a block, {args.states} states, "
-        f"{get_threads()} threads, refquant {__version__}. Frechet distance on mnist-classifier's features, of small "
-        "samples: compare rows, not papers."
+        f"calibrated on {args.images} trajectories, {args.iterations} iterations a block, {args.states} states by "
+        f"{args.sampling}, {get_threads()} threads, refquant {__version__}. Frechet distance on mnist-classifier's "
+        "features, of small samples: compare rows, not papers."
     )
     print(caption)
     facts = {"caption": caption, "rows": rows}
@@ -123,7 +124,8 @@ def calibrated(
     asked = [
         "quantize", args.model, "--method", name, "--weight-bits", str(weight_bits), "--input-bits", str(input_bits),
         "--coverage", args.coverage, "--images", str(args.images), "--steps", str(args.steps),
-        "--states", str(args.states), "--iterations", str(args.iterations), "--seed", str(args.seed),
+        "--states", str(args.states), "--sampling", args.sampling, "--iterations", str(args.iterations),
+        "--seed", str(args.seed),
         *(part for option in options for part in ("--option", option)),
     ]  # fmt: skip
     identity = {"asked": asked, "model": load_model(args.model).metadata["data_sha256"], "refquant": __version__}

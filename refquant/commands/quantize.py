@@ -14,7 +14,7 @@ from ..quant.calibrate import Calibration, CalibrationConfig
 from ..quant.coverage import COVERAGES
 from ..quant.methods import METHODS, method, options_of
 from ..quant.reconstruct import ReconstructionConfig
-from ..quant.session import Session
+from ..quant.session import SAMPLINGS, Session
 from .common import add_verb, say, setting, write_json
 
 
@@ -43,7 +43,10 @@ def add_calibration(p: argparse.ArgumentParser) -> None:
     p.add_argument("--coverage", choices=COVERAGES, default="full", help="what is quantized")
     p.add_argument("--images", type=int, default=64, metavar="N", help="calibration: float trajectories")
     p.add_argument("--steps", type=int, default=50, metavar="K", help="calibration and sampling: DDIM steps")
-    p.add_argument("--states", type=int, default=512, metavar="M", help="network inputs that weights are learned on")
+    p.add_argument("--states", type=int, default=1024, metavar="M", help="network inputs that weights are learned on")
+    p.add_argument(
+        "--sampling", choices=SAMPLINGS, default=SAMPLINGS[0], help="their time-steps: those that hurt most, or evenly"
+    )
     p.add_argument(
         "--iterations", type=int, default=effort.iterations, metavar="I", help="steps of learning for each block"
     )
@@ -60,6 +63,7 @@ def session(
         coverage=args.coverage,
         reconstruction=ReconstructionConfig(iterations=args.iterations, seed=args.seed),
         states=args.states,
+        sampling=args.sampling,
         state=state,
         quiet=args.quiet,
     )

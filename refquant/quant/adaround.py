@@ -96,9 +96,20 @@ def rectified_sigmoid(alpha: ArrayLike) -> Array:
 def soft_weight(alpha: Tensor, weight: Tensor | Array, qparams: QParams) -> Tensor:
     """s (clamp(⌊w/s⌋ + h(α) + z, qmin, qmax) - z), differentiable in alpha alone.
 
-    alpha and weight (O, ...) -> the same shape, the dtype of alpha. With u what is clamped,
+    With u what is clamped,
 
         dŵ/dα = s [qmin <= u <= qmax] dh/dα        (both ends count as inside, as for ``fake_quant``)
+
+    Parameters
+    ----------
+    alpha : Tensor, (O, ...)
+    weight : Tensor or array, (O, ...)
+    qparams : QParams
+
+    Returns
+    -------
+    Tensor, (O, ...)
+        In the dtype of alpha.
     """
     w = as_tensor(weight).data
     if alpha.shape != w.shape:
@@ -161,6 +172,16 @@ def rounding_regulariser(alpha: Tensor, beta: float) -> Tensor:
 
     A sum, not a mean, while the reconstruction loss is a mean over pixels: of a layer with 10,000 weights
     0.01 R is up to 100, and decides alone what the warm-up has not. So the authors have it.
+
+    Parameters
+    ----------
+    alpha : Tensor, any shape
+    beta : float
+        Above 1.
+
+    Returns
+    -------
+    Tensor, ()
     """
     beta = float(beta)
     if not 1 < beta < np.inf:
@@ -189,6 +210,12 @@ def beta_schedule(k: int, iterations: int, warmup: float = 0.2, start: float = 2
         At least 1.
     warmup : float
         Fraction of the iterations, 0 <= warmup < 1.
+    start, end : float
+        β at either end.
+
+    Returns
+    -------
+    float
 
     Raises
     ------

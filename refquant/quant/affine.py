@@ -45,7 +45,7 @@ class QSpec:
 
     ``symmetric`` thus says "zero_point is pinned to 0", and ``signed`` which side of 0 has codes.
 
-    Parameters
+    Attributes
     ----------
     bits : int
         2 to 8.
@@ -91,7 +91,7 @@ class QSpec:
 class QParams:
     """What the codes mean: x = scale * (q - zero_point). Immutable; the arrays are private copies.
 
-    Parameters
+    Attributes
     ----------
     scale : array_like, shape () or (C,)
         Stored as float32. Positive, finite and normal (>= 2**-126), and small enough for every code to

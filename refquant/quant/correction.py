@@ -46,7 +46,7 @@ class Correction:
     def applied(self, eps: NoisePredictor) -> NoisePredictor:
         """Return the corrected noise predictor; it raises RangeError at a step that was not measured."""
 
-        def predict(x: Images, t: int, step: int) -> Images:
+        def predict(x: Images, t: int, step: int, *y: NDArray[np.integer] | None) -> Images:
             steps, channels = self.mean.shape
             if not 0 <= step < steps or self.timesteps[step] != t:
                 raise RangeError(
@@ -56,6 +56,6 @@ class Correction:
             if x.shape[1] != channels:
                 raise ShapeError(f"images {x.shape} have {x.shape[1]} channels, the noise was measured for {channels}.")
             mean = self.mean[step].astype(x.dtype).reshape(1, -1, 1, 1)
-            return (eps(x, t, step) - mean) / x.dtype.type(self.gain[step])
+            return (eps(x, t, step, *y) - mean) / x.dtype.type(self.gain[step])
 
         return predict

@@ -12,6 +12,7 @@ from ..autograd import Tensor, no_grad
 from ..nn.layers import Conv2d
 from .affine import QParams
 from .coverage import FLOAT
+from .grids import Grid
 from .quantized import QuantizedModel
 from .wrap import QuantAttention, QuantLayer, activation_quantizers, watched
 
@@ -30,10 +31,13 @@ def bit_operations(model: QuantizedModel) -> int:
                 * _bits(module.weight_qparams)
                 * _bits(module.input.qparams)
             )
+            if module.branch is not None:  # in float, at every place
+                places = _multiplications(module, shapes[module.input.name]) // module.layer.weight.data.size
+                total += places * sum(part.size for part in module.branch) * FLOAT * FLOAT
         elif isinstance(module, QuantAttention):
             parts = [_bits(quantizers[f"{name}.{part}"].qparams) for part in ("q", "k", "v", "probs")]
-            tokens, channels = shapes[f"{name}.q"][1:]
-            total += tokens * tokens * channels * (parts[0] * parts[1] + parts[2] * parts[3])
+            heads, tokens, channels = shapes[f"{name}.q"]
+            total += heads * tokens * tokens * channels * (parts[0] * parts[1] + parts[2] * parts[3])
     return total
 
 
@@ -44,5 +48,7 @@ def _multiplications(module: QuantLayer, shape: tuple[int, ...]) -> int:
     return places * layer.weight.data.size
 
 
-def _bits(qparams: QParams | None) -> int:
-    return FLOAT if qparams is None else qparams.spec.bits
+def _bits(quantizer: QParams | Grid | None) -> int:
+    if quantizer is None:
+        return FLOAT
+    return quantizer.spec.bits if isinstance(quantizer, QParams) else quantizer.bits

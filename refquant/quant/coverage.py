@@ -8,7 +8,8 @@ coverage is one.
     full      all layers and their inputs at the nominal bits; attention's q, k, v too, its softmax at 8 bits
     layers    the same with attention's products in float
     ends8     full, with at least 8 bits for the first and the last convolution (PTQ4DM, PTQD)
-    released  what TFMQ-DM's released code does to its networks (``quant/quant_model.py:49-66,103-120``)
+    released  of a UNet, what TFMQ-DM's released code does to its networks (``quant/quant_model.py:49-66,103-120``); of
+              a DiT, what TQ-DiT's, PTQ4DiT's and Q-DiT's leave: time-step MLP and modulations float, and the image
 
 Normalisations, SiLU, softmax itself and biases are float in all of them.
 """
@@ -18,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import RangeError, UnknownNameError
-from ..nn.unet import UNet
+from ..nn.dit import DiT
+from ..nn.networks import Network
 from .affine import QSpec
 from .wrap import QuantLayer, wrap
 
@@ -78,11 +80,12 @@ class Coverage:
         )
 
 
-def coverage(name: str, network: UNet) -> Coverage:
+def coverage(name: str, network: Network) -> Coverage:
     """Return the policy of that name for a float network; UnknownNameError lists the names there are."""
     if name not in COVERAGES:
         raise UnknownNameError(f"no coverage is called {name!r}. Known: {', '.join(COVERAGES)}.")
-    ends = frozenset({"conv_in", "conv_out"})
+    transformer = isinstance(network, DiT)
+    ends = frozenset({"x_embedder.proj", "final_layer.linear"} if transformer else {"conv_in", "conv_out"})
     if name == "full":
         return Coverage(name)
     if name == "layers":
@@ -90,6 +93,9 @@ def coverage(name: str, network: UNet) -> Coverage:
     if name == "ends8":
         return Coverage(name, eight=ends)
     names = list(wrap(network)[1])
+    if transformer:
+        aside = frozenset(n for n in names if n.startswith("t_embedder.") or ".adaLN_modulation." in n)
+        return Coverage(name, aside, aside | {"x_embedder.proj"})
     aside = frozenset(n for n in names if "nin_shortcut" in n or n.endswith("downsample.conv"))
     unwrapped = aside | ends | {"temb.dense.0"}
     first_block = next(n for n in names if n.endswith("conv1"))

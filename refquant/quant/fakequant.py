@@ -20,14 +20,25 @@ from .. import intmath
 from ..autograd.tensor import Tensor, op
 from ..errors import ShapeError
 from .affine import QParams
+from .grids import Grid
 
 
 @op
-def fake_quant(x: Tensor, qparams: QParams) -> Tensor:
-    """Round x to the grid of `qparams` (one scale for the tensor); same shape and dtype.
+def fake_quant(x: Tensor, qparams: QParams | Grid) -> Tensor:
+    """Round x to the grid of `qparams` (one scale for the tensor), or to another `Grid`; same shape and dtype.
 
-    x is any shape, finite (NaN passes through as NaN: the caller checks its results once, not every layer).
+    Parameters
+    ----------
+    x : Tensor, any shape
+        Finite (NaN passes through as NaN: the caller checks its results once, not every layer).
+    qparams : QParams or Grid
+
+    Returns
+    -------
+    Tensor, shape and dtype of x
     """
+    if not isinstance(qparams, QParams):
+        return Tensor(qparams.fake_quantize(x.data), (x,), lambda g: (g * qparams.inside(x.data),))
     spec = qparams.spec
     if spec.axis is not None:
         raise ShapeError(f"fake_quant: activations take one scale for the tensor, got axis={spec.axis}.")

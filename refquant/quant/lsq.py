@@ -41,6 +41,19 @@ def lsq(x: Tensor, scale: Tensor, zero_point: ArrayLike, spec: QSpec) -> Tensor:
 
     Errors: ``RangeError`` if the step is no longer positive, or unusable otherwise; ``ShapeError`` if there is
     more than one.
+
+    Parameters
+    ----------
+    x : Tensor, any shape
+        Finite (NaN passes through as NaN: the caller checks its results once, not every layer).
+    scale : Tensor, ()
+    zero_point : int
+        Both checked as ``QParams`` does.
+    spec : QSpec
+
+    Returns
+    -------
+    Tensor, shape and dtype of x
     """
     if spec.axis is not None or scale.shape != ():
         raise ShapeError(

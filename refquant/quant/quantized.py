@@ -5,6 +5,8 @@ One safetensors file of kind "quantized" holds it:
     <layer>.codes                             weight codes minus qmin, uint8 (O, K), or two to a byte where bits <= 4
     <layer>.weight_scale, .weight_zero_point  (O,) float32 and int32
     <quantizer>.scale, .zero_point            () float32 and int32, or (S,): one for each step of the sampler
+    <quantizer>.shift, or .positive           () or (S,) where the quantizer is a grid of another kind (see `grids`)
+    <layer>.branch.left, .right               (O, r) and (r, K) float32: the low-rank part of a weight
     <layer>.feature.codes, .scale, .zero_point  (S, C) uint8, (S,), (S,): outputs known beforehand (temporal cache)
     correction.timesteps, .gain, .mean        (S,), (S,), (S, C) where answers are corrected
     <layer>.bias, <norm>.weight, <norm>.bias  float32
@@ -28,10 +30,11 @@ from ..diffusion.denoiser import NoisePredictor
 from ..diffusion.model import DiffusionModel, find, frame
 from ..diffusion.sampling import Images, timestep_sequence
 from ..errors import CheckpointError, RangeError
-from ..nn.unet import UNet
+from ..nn.networks import Network
 from ..ref import pack_int4, unpack_int4
 from .affine import QParams, QSpec, dequantize
 from .correction import Correction
+from .grids import Grid, GridTable, described, from_file
 from .observers import StepTable
 from .split import is_split, split_shortcuts
 from .wrap import ActivationQuantizer, QuantLayer, activation_quantizers, wrap
@@ -63,7 +66,7 @@ class QuantizedModel:
     ----------
     base : DiffusionModel
         Its network is the float original (or, after loading, a frame whose wrapped weights are not used).
-    network : UNet
+    network : UNet or DiT
         The wrapped copy that computes with quantized weights and inputs.
     layers : dict of str to QuantLayer
         By name.
@@ -77,7 +80,7 @@ class QuantizedModel:
     """
 
     base: DiffusionModel
-    network: UNet
+    network: Network
     layers: dict[str, QuantLayer]
     recipe: dict[str, Any]
     features: dict[str, FeatureCache] = field(default_factory=dict)
@@ -88,12 +91,16 @@ class QuantizedModel:
         """Return the noise predictor for samplers, which must take the steps that tables were made for.
 
         Not to be called from two threads at once where there are tables: the step in force belongs to the model.
+
+        Returns
+        -------
+        NoisePredictor
         """
         predict = self.base.denoiser(self.network)
 
         visited = self.timesteps() if self.has_tables() else None
 
-        def eps(x: Images, t: int, step: int) -> Images:
+        def eps(x: Images, t: int, step: int, y: NDArray[np.integer] | None = None) -> Images:
             if visited is not None:
                 if not 0 <= step < len(visited) or visited[step] != t:
                     raise RangeError(
@@ -101,7 +108,7 @@ class QuantizedModel:
                         f"{len(visited)} steps, t = {visited[0]} to {visited[-1]}. Sample with as many steps."
                     )
                 self.at_step(step)
-            return predict(x, t, step)
+            return predict(x, t, step, y)
 
         return eps if self.correction is None else self.correction.applied(eps)
 
@@ -142,7 +149,11 @@ class QuantizedModel:
                 out[f"{name}.weight_scale"], out[f"{name}.weight_zero_point"] = w.scale, w.zero_point
         for name, quantizer in self._used().items():
             q = quantizer.table or quantizer.qparams
-            out[f"{name}.scale"], out[f"{name}.zero_point"] = q.scale, q.zero_point
+            arrays = {"scale": q.scale, "zero_point": q.zero_point} if isinstance(q, QParams) else q.arrays()
+            out |= {f"{name}.{key}": value for key, value in arrays.items()}
+        for name, layer in self.layers.items():
+            if layer.branch is not None:
+                out[f"{name}.branch.left"], out[f"{name}.branch.right"] = layer.branch
         for name, cache in self.features.items():
             out[f"{name}.feature.codes"] = cache.codes
             out |= {f"{name}.feature.{key}": value for key, value in cache.table.arrays().items()}
@@ -162,7 +173,7 @@ class QuantizedModel:
                 for name, layer in self.layers.items()
                 if layer.weight_qparams is not None and name not in self.features
             },
-            "activations": {n: asdict((q.table or q.qparams).spec) for n, q in self._used().items()},
+            "activations": {n: _described(q.table or q.qparams) for n, q in self._used().items()},
             "features": {name: asdict(cache.table.spec) for name, cache in self.features.items()},
         }
         base = self.base
@@ -170,6 +181,7 @@ class QuantizedModel:
             "kind": "quantized",
             "model": base.name,
             "network": base.network.cfg.to_json(),
+            "network_kind": base.network.cfg.kind,
             "schedule": base.schedule.name,
             "timesteps": base.schedule.timesteps,
             "prediction": base.prediction,
@@ -190,11 +202,12 @@ def load_quantized(name: str) -> QuantizedModel:
     found = io.load(find(name), kind="quantized")
     facts, tensors = found.metadata, dict(found.tensors)
     try:
-        base = frame(facts["model"], facts)
+        base = frame(facts["model"], facts, facts.get("network_kind", "unet"))  # of old, all were UNets
         if facts["split"]:
             base = split_shortcuts(base)
         shapes = {key: p.shape for key, p in base.network.named_parameters()}
-        specs = {group: {k: QSpec(**v) for k, v in facts["specs"][group].items()} for group in facts["specs"]}
+        specs = {group: {k: v if "kind" in v else QSpec(**v) for k, v in facts["specs"][group].items()}
+                 for group in facts["specs"]}  # fmt: skip
         codes = {layer: _pop_codes(tensors, layer, spec, shapes[f"{layer}.weight"])
                  for layer, spec in specs["weights"].items()}  # fmt: skip
         inputs = {key: _pop_quantizer(tensors, key, spec) for key, spec in specs["activations"].items()}
@@ -208,7 +221,10 @@ def load_quantized(name: str) -> QuantizedModel:
                 raise ValueError(f"{layer}.feature has codes that are not those of {spec.bits} bits")
             features[layer] = FeatureCache(rows, table)
         steps = facts["recipe"]["calibration"]["steps"]
-        tables = [q for q in inputs.values() if isinstance(q, StepTable)] + [f.table for f in features.values()]
+        stepped = (StepTable, GridTable)
+        tables = [q for q in inputs.values() if isinstance(q, stepped)] + [f.table for f in features.values()]
+        branches = {layer: [tensors.pop(f"{layer}.branch.{side}") for side in ("left", "right")]
+                    for layer in codes if f"{layer}.branch.left" in tensors}  # fmt: skip
         if any(len(table) != steps for table in tables):
             raise ValueError(f"tables of {sorted({len(t) for t in tables})} steps for a sampler of {steps}")
         noted = {k.removeprefix("correction."): tensors.pop(k) for k in list(tensors) if k.startswith("correction.")}
@@ -223,6 +239,8 @@ def load_quantized(name: str) -> QuantizedModel:
         network, layers = wrap(base.network)
         for layer, (integers, w) in codes.items():
             layers[layer].set_codes(integers, w)
+            if layer in branches:
+                layers[layer].branch = _checked_branch(branches[layer], shapes[f"{layer}.weight"])
         quantizers = activation_quantizers(network)
         for key, quantizer in inputs.items():
             quantizers[key].set(quantizer)
@@ -245,6 +263,22 @@ def _pop_codes(
     return (flat.reshape(shape).astype(np.int16) + spec.qmin).astype(spec.dtype), w
 
 
-def _pop_quantizer(tensors: dict[str, NDArray[Any]], name: str, spec: QSpec) -> QParams | StepTable:
+def _described(quantizer: QParams | StepTable | Grid | GridTable) -> dict[str, Any]:
+    return asdict(quantizer.spec) if isinstance(quantizer, (QParams, StepTable)) else described(quantizer)
+
+
+def _checked_branch(branch: list[NDArray[Any]], shape: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]]:
+    left, right = branch
+    if left.shape[1:] != right.shape[:1] or (len(left), *right.shape[1:]) != shape:
+        raise ValueError(f"a branch of {left.shape} and {right.shape} beside a weight {shape}")
+    return left, right
+
+
+def _pop_quantizer(
+    tensors: dict[str, NDArray[Any]], name: str, spec: QSpec | dict[str, Any]
+) -> QParams | StepTable | Grid | GridTable:
+    if isinstance(spec, dict):
+        own = [key for key in tensors if key.rpartition(".")[0] == name]
+        return from_file(spec, {key.rpartition(".")[2]: tensors.pop(key) for key in own})
     scale, zero_point = tensors.pop(f"{name}.scale"), tensors.pop(f"{name}.zero_point")
     return StepTable(scale, zero_point, spec) if scale.ndim else QParams(scale, zero_point, spec)

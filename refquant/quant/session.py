@@ -47,6 +47,7 @@ from .wrap import QuantLayer, activation_quantizers, wrap
 
 Arrays = dict[str, NDArray[Any]]
 SEARCHES = ("mse", "minmax")
+SAMPLINGS = ("importance", "uniform")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Session:
         The effort of methods that learn; its seed is the session's.
     states : int
         Network inputs that weights are reconstructed on.
+    sampling : {"importance", "uniform"}
+        From which steps of the sampler those are drawn: more often from steps that hurt the images more, or evenly, as
+        in the papers (see `refquant.quant.blocks.learning_states`).
     state : Path, optional
         File that finished parts are kept in.
     quiet : bool
@@ -76,7 +80,8 @@ class Session:
     input_bits: int = 8
     coverage: str = "full"
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
-    states: int = 512
+    states: int = 1024
+    sampling: str = "importance"
     state: Path | None = None
     quiet: bool = True
 
@@ -84,6 +89,8 @@ class Session:
         check_bits(self.weight_bits, self.input_bits)
         if self.states < 1:
             raise RangeError(f"states is {self.states}; reconstruction needs at least 1.")
+        if self.sampling not in SAMPLINGS:
+            raise UnknownNameError(f"no sampling of states is called {self.sampling!r}. Known: {', '.join(SAMPLINGS)}.")
 
     def start(self, method: str, *, model: DiffusionModel | None = None, **options: Any) -> Run:
         """Begin a run of `method`, on the calibrated model or one that computes the same."""
@@ -96,7 +103,7 @@ class Run:
     Attributes
     ----------
     model : DiffusionModel
-    network : UNet
+    network : UNet or DiT
         Wrapped; becomes the quantized model.
     layers : dict of str to QuantLayer
     coverage : Coverage
@@ -105,11 +112,7 @@ class Run:
     """
 
     def __init__(self, session: Session, model: DiffusionModel, method: str, options: dict[str, Any]) -> None:
-        for name, array in model.network.state_dict().items():
-            if not np.isfinite(array).all():
-                raise RangeError(
-                    f"{model.name}: the weight {name} holds NaN or infinity. Take the checkpoint from its source again."
-                )
+        check_finite(model)
         self.session, self.model = session, model
         self.network, self.layers = wrap(model.network)
         self.coverage: Coverage = coverage(session.coverage, model.network)
@@ -121,6 +124,7 @@ class Run:
             "coverage": self.coverage.describe(self.layers),
             "calibration": session.calibration.cfg.to_json(),
             "states": session.states,
+            "sampling": session.sampling,
             "reconstruction": asdict(session.reconstruction),
         }
         self.seconds: dict[str, float] = {}
@@ -213,6 +217,15 @@ class Run:
                 f"{path} belongs to another recipe. Repeat that run's options to resume it, or remove the file."
             )
         self._parts, self.seconds = dict(found.tensors), dict(found.metadata["seconds"])
+
+
+def check_finite(model: DiffusionModel) -> None:
+    """RangeError with the name of the first weight that holds NaN or infinity."""
+    for name, array in model.network.state_dict().items():
+        if not np.isfinite(array).all():
+            raise RangeError(
+                f"{model.name}: the weight {name} holds NaN or infinity. Take the checkpoint from its source again."
+            )
 
 
 def _fingerprint(model: DiffusionModel) -> str:

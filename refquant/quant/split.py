@@ -59,6 +59,8 @@ class SplitConv(Module):
 def split_shortcuts(model: DiffusionModel) -> DiffusionModel:
     """Return a model that computes the same, up to float sums, with the shortcuts of its up path split in two."""
     network, at = model.network, {}
+    if not isinstance(network, UNet):  # a transformer joins no two tensors
+        return model
     here = network.mid.block_2.conv2.weight.shape[0]
     for i in reversed(range(len(network.up))):
         for j, block in enumerate(network.up[i].block):
@@ -71,7 +73,7 @@ def split_shortcuts(model: DiffusionModel) -> DiffusionModel:
     return replace(model, network=rebuild(network, split))
 
 
-def is_split(network: UNet) -> bool:
+def is_split(network: Module) -> bool:
     """Tell whether `split_shortcuts` made this network."""
     blocks = [m for _, m in network.named_modules() if isinstance(m, ResBlock)]
     return any(isinstance(getattr(block, "nin_shortcut", None), SplitConv) for block in blocks)
@@ -86,6 +88,18 @@ def _like(conv: Conv2d, weight: NDArray[Any], bias: int) -> Conv2d:
 
 def observe_split(x: NDArray[Any], channels: int, observer: Callable[[NDArray[Any]], QParams]) -> Parts:
     """The quantizers that `observer` gives for ``x[..., :channels]`` and ``x[..., channels:]``, each by itself.
+
+    Parameters
+    ----------
+    x : array, (..., C)
+    channels : int
+        Of the first part.
+    observer : callable
+        Gives the quantizer of a part.
+
+    Returns
+    -------
+    Two QParams
 
     Examples
     --------

@@ -4,7 +4,13 @@
     u      = Linear1(SiLU(Linear0(e)))                     the time MLP, h(t) in TFMQ-DM
     emb_i  = Linear_i(SiLU(u))                             ResBlock i's projection, g_i(h(t))
 
-Nothing here sees the image, so a model of T time-steps has T temporal features and no more. A rounded feature that
+A diffusion transformer has the same thing under other names, with the class in it where there are classes:
+
+    u      = Linear2(SiLU(Linear0(e))) + row y of the class table
+    emb_i  = Linear_i(SiLU(u))                             block i's modulation: shifts, scales and gates
+
+Nothing here sees the image, so a model of T time-steps has T temporal features and no more (T times K + 1 with K
+classes and "no class"). A rounded feature that
 comes close to that of *another* time-step tells a block to denoise for the wrong amount of noise (TFMQ-DM section
 3.1). `feature_errors` measures it over all t:
 
@@ -21,8 +27,10 @@ from numpy.typing import NDArray
 
 from ..autograd import Tensor, no_grad, ops
 from ..errors import ShapeError
+from ..nn.dit import DiT, Modulation
 from ..nn.module import Module
-from ..nn.unet import ResBlock, UNet
+from ..nn.networks import Network
+from ..nn.unet import ResBlock
 from .observers import from_range
 from .quantized import QuantizedModel
 from .wrap import activation_quantizers, watched
@@ -37,38 +45,62 @@ class TemporalBlock:
     ----------
     mlp : Module
         t (N,) -> (N, E).
+    table : Module or None
+        y (N,) -> (N, E), in a conditional network.
     projections : dict of str to Module
         By the layer's name, in order of registration.
     """
 
-    def __init__(self, network: UNet) -> None:
-        self.mlp: Module = network.temb
+    def __init__(self, network: Network) -> None:
+        self.mlp: Module = network.t_embedder if isinstance(network, DiT) else network.temb
+        self.table: Module | None = getattr(network, "y_embedder", None)
         self.projections = {
-            f"{name}.temb_proj": module.temb_proj
+            f"{name}.{layer}": projection
             for name, module in network.named_modules()
-            if isinstance(module, ResBlock)
+            for layer, projection in _projection(module).items()
         }
         if not self.projections:
             raise ShapeError("this network has no projection of a time embedding: it has no temporal features.")
 
-    def __call__(self, t: NDArray[np.integer]) -> list[Tensor]:
-        """The features of time-steps t (N,): a tensor (N, C_i) for each projection."""
-        shared = ops.silu(self.mlp(t))
+    def __call__(self, t: NDArray[np.integer], y: NDArray[np.integer] | None = None) -> list[Tensor]:
+        """The features of time-steps t (N,) and classes y (N,), or none: a tensor (N, C_i) for each projection."""
+        u = self.mlp(t)
+        if self.table is not None:
+            none = len(self.table.embedding_table.weight.data) - 1
+            u = ops.add(u, self.table(np.full(len(t), none) if y is None else y))
+        shared = ops.silu(u)
         return [projection(shared) for projection in self.projections.values()]
 
-    def joined(self, t: NDArray[np.integer]) -> Tensor:
+    def joined(self, t: NDArray[np.integer], y: NDArray[np.integer] | None = None) -> Tensor:
         """All features side by side, (N, sum of C_i)."""
-        first, *others = self(t)
+        first, *others = self(t, y)
         for other in others:
             first = ops.concat(first, other)
         return first
 
 
-def features(network: UNet, t: NDArray[np.integer]) -> dict[str, NDArray[np.float32]]:
-    """Temporal features (N, C_i) of time-steps t (N,), by the projection's name."""
+def _projection(module: Module) -> dict[str, Module]:
+    if isinstance(module, ResBlock):
+        return {"temb_proj": module.temb_proj}
+    return {"adaLN_modulation.1": module.adaLN_modulation[1]} if isinstance(module, Modulation) else {}
+
+
+def every_condition(
+    t: NDArray[np.integer], classes: int
+) -> tuple[NDArray[np.integer], NDArray[np.int64] | None]:
+    """All that temporal layers can be told at time-steps t: t (N (K+1),) and y, "no class" last; just t if K is 0."""
+    if not classes:
+        return t, None
+    return np.repeat(t, classes + 1), np.tile(np.arange(classes + 1), len(t))
+
+
+def features(
+    network: Network, t: NDArray[np.integer], y: NDArray[np.integer] | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Temporal features (N, C_i) of time-steps t (N,) and classes y (N,), or none, by the projection's name."""
     block = TemporalBlock(network)
     with no_grad():
-        return {name: y.data for name, y in zip(block.projections, block(t), strict=True)}
+        return {name: z.data for name, z in zip(block.projections, block(t, y), strict=True)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,13 +136,23 @@ def _norm(x: Float64) -> Float64:
 
 
 def quantized_features(model: QuantizedModel, t: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-    """Temporal features (N, C_i) of a quantized model, with its tables where its sampler visits t.
+    """Temporal features (N, C_i) of a quantized model, of no class, with its tables where its sampler visits t.
 
     At any other t an activation with a table takes the exact range of that t, which is what finite set calibration
     would store for a sampler that visits it. Cached features exist at visited t only: elsewhere the nearest is given.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+    t : int64 array, (N,)
+
+    Returns
+    -------
+    dict of str to float32 array, (N, C_i)
+        By the projection's name.
     """
     block = TemporalBlock(model.network)
-    modules = [model.network.temb, *block.projections.values()]
+    modules = [block.mlp, *block.projections.values()]
     cached = {model.layers[name].input.name for name in model.features}  # these layers are not run
     stepped = {n: q for m in modules for n, q in activation_quantizers(m).items() if q.table and n not in cached}
     if not stepped and not model.features:
@@ -129,7 +171,7 @@ def quantized_features(model: QuantizedModel, t: NDArray[np.int64]) -> dict[str,
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def _exact_ranges(network: UNet, t: NDArray[np.int64]) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _exact_ranges(network: Network, t: NDArray[np.int64]) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Smallest and largest input of each temporal activation at each of t (N,), with activations in float."""
     seen: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
     own = watched(network, lambda name, x: seen.__setitem__(name, (x.min(axis=1), x.max(axis=1))))

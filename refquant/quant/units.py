@@ -1,12 +1,12 @@
 """Which parts of a network are reconstructed together, and which layers see nothing but the time-step.
 
-A unit is a block (ResBlock, attention) or a single layer outside of all blocks; BRECQ (Li et al. 2021) found
-blocks to be the right grain. Their order is that of execution. The released TFMQ-DM code goes by registration
-instead, in which DDPM's up path comes in reverse (`order="registration"` repeats that).
+A unit is a block (ResBlock, attention, transformer block) or a single layer outside of all blocks; BRECQ (Li et al.
+2021) found blocks to be the right grain. Their order is that of execution. The released TFMQ-DM code goes by
+registration instead, in which DDPM's up path comes in reverse (`order="registration"` repeats that).
 
 The temporal layers are found by what they do, not by name: a layer whose input stays the same when the image
 changes sees t alone. Such layers take as many inputs as there are time-steps, a finite set; TFMQ-DM calls them
-the Temporal Information Block.
+the Temporal Information Block. In a conditional transformer they see the class as well: time-steps times classes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import numpy as np
 
 from ..autograd import Tensor, no_grad
 from ..errors import ShapeError, UnknownNameError
+from ..nn.dit import DiTBlock, FinalLayer
 from ..nn.module import Module
-from ..nn.unet import AttentionBlock, ResBlock, UNet
+from ..nn.networks import Network
+from ..nn.unet import AttentionBlock, ResBlock
 from .wrap import QuantLayer, watched, wrap
 
-BLOCKS = (ResBlock, AttentionBlock)
+BLOCKS = (ResBlock, AttentionBlock, DiTBlock, FinalLayer)
 ORDERS = ("execution", "registration")
 
 
@@ -45,13 +47,13 @@ class Unit:
 
 
 def find_units(
-    network: UNet, layers: dict[str, QuantLayer], *, without: frozenset[str] = frozenset(), order: str = "execution"
+    network: Network, layers: dict[str, QuantLayer], *, without: frozenset[str] = frozenset(), order: str = "execution"
 ) -> list[Unit]:
     """Cut a wrapped network into units.
 
     Parameters
     ----------
-    network, layers
+    network, layers : UNet or DiT, dict of str to QuantLayer
         From `refquant.quant.wrap.wrap`.
     without : frozenset of str
         Layers that are reconstructed elsewhere; a block that holds one computes with it and leaves it alone.
@@ -74,8 +76,16 @@ def find_units(
     return [Unit(name, blocks.get(name, found[0]), tuple(found)) for name, found in units.items()]
 
 
-def temporal_layers(network: UNet) -> list[str]:
+def temporal_layers(network: Network) -> list[str]:
     """Names of the layers of a float network whose input does not depend on the image, in order of execution.
+
+    Parameters
+    ----------
+    network : UNet or DiT
+
+    Returns
+    -------
+    list of str
 
     Raises
     ------
@@ -93,12 +103,12 @@ def temporal_layers(network: UNet) -> list[str]:
     return found
 
 
-def _execution_order(network: UNet) -> list[str]:
+def _execution_order(network: Network) -> list[str]:
     """Names of the layers of a wrapped network in the order in which they run."""
     return [name for name, _ in _inputs(network, seed=0)]
 
 
-def _inputs(network: UNet, seed: int) -> list[tuple[str, np.ndarray]]:
+def _inputs(network: Network, seed: int) -> list[tuple[str, np.ndarray]]:
     """Every layer's name and input, in order of execution, for one random image; t is the same for every seed."""
     cfg, seen = network.cfg, []
 

@@ -19,12 +19,14 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..autograd import Tensor, ops
+from ..autograd import Tensor, nnops, ops
 from ..errors import ShapeError
 from ..nn.layers import AttentionProduct, Conv2d, Linear
 from ..nn.module import Module, Parameter
 from .affine import QParams, dequantize, quantize
 from .fakequant import fake_quant
+from .grids import Grid, GridTable
+from .groupwise import as_rows
 from .lsq import lsq
 from .observers import StepTable
 
@@ -40,9 +42,9 @@ class ActivationQuantizer:
     Attributes
     ----------
     name : str
-    qparams : QParams or None
+    qparams : QParams, Grid or None
         In force now; None means float.
-    table : StepTable or None
+    table : StepTable, GridTable or None
         One quantizer for each step of the sampler; `at_step` puts one of them in force.
     learned : Tensor or None
         While a step size is learned (see `refquant.quant.learn_steps`), the leaf that replaces the scale.
@@ -52,15 +54,16 @@ class ActivationQuantizer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.qparams: QParams | None = None
-        self.table: StepTable | None = None
+        self.qparams: QParams | Grid | None = None
+        self.table: StepTable | GridTable | None = None
         self.learned: Tensor | None = None
         self.watcher: Watcher | None = None
 
-    def set(self, quantizer: QParams | StepTable | None) -> None:
+    def set(self, quantizer: QParams | Grid | StepTable | GridTable | None) -> None:
         """Use one quantizer for all steps, or a table (its first step is in force), or none."""
-        self.table = quantizer if isinstance(quantizer, StepTable) else None
-        self.qparams = quantizer[0] if isinstance(quantizer, StepTable) else quantizer
+        stepped = isinstance(quantizer, (StepTable, GridTable))
+        self.table = quantizer if stepped else None
+        self.qparams = quantizer[0] if stepped else quantizer
 
     def at_step(self, step: int) -> None:
         """Put the quantizer of this step of the sampler in force, if there is a table."""
@@ -88,9 +91,11 @@ class QuantLayer(Module):
         A copy that shares the bias; its weight is replaced when `quantize_weight` is called.
     input : ActivationQuantizer
     weight_qparams : QParams or None
-        None means float.
+        None means float. With more scales than output channels they belong to groups of inputs (`groupwise`).
     codes : int8 array or None
         The weight's integer codes, of the weight's shape.
+    branch : (float32 array (O, r), float32 array (r, K)) or None
+        A low-rank part of the weight that stays float and takes the float input (see `low_rank`).
     row : float32 array, (C,), or None
         The layer's output where that is known beforehand (see `refquant.quant.temporal`): nothing is computed.
     """
@@ -101,24 +106,30 @@ class QuantLayer(Module):
         self.input = ActivationQuantizer(f"{name}.input")
         self.weight_qparams: QParams | None = None
         self.codes: NDArray[np.integer] | None = None
+        self.branch: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         self.row: NDArray[np.float32] | None = None
 
     def quantize_weight(self, qparams: QParams) -> None:
         """Round the weight to the nearest codes of `qparams` and compute with those from now on."""
-        self.set_codes(quantize(self.layer.weight.data, qparams), qparams)
+        weight = self.layer.weight.data
+        self.set_codes(quantize(as_rows(weight, qparams), qparams).reshape(weight.shape), qparams)
 
     def set_codes(self, codes: NDArray[np.integer], qparams: QParams) -> None:
         """Compute with the weight that `codes` stand for, however they were rounded."""
         if codes.shape != self.layer.weight.shape:
             raise ShapeError(f"{self.name}: codes {codes.shape} for a weight of shape {self.layer.weight.shape}.")
         self.codes, self.weight_qparams = codes, qparams
-        self.layer.weight = Parameter(dequantize(codes, qparams))
+        self.layer.weight = Parameter(dequantize(as_rows(codes, qparams), qparams).reshape(codes.shape))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer to its (quantized) input."""
         if self.row is not None:
             return Tensor(np.broadcast_to(self.row, (len(x.data), self.row.size)))
-        return self.layer(self.input(x))
+        if self.branch is None:
+            return self.layer(self.input(x))
+        left, right = (Parameter(part) for part in self.branch)
+        thin = nnops.linear(x, right, np.zeros(len(right.data), x.dtype))
+        return ops.add(self.layer(self.input(x)), nnops.linear(thin, left, np.zeros(len(left.data), x.dtype)))
 
 
 class QuantAttention(Module):
@@ -126,6 +137,13 @@ class QuantAttention(Module):
 
     The probabilities lie in [0, 1] and many are nearly 0, so their quantizer has its zero point pinned to 0
     (``QSpec(8, signed=False, symmetric=True)``); q, k and v are asymmetric like other activations.
+
+    Parameters
+    ----------
+    name : str
+        Of the product in the network.
+    product : AttentionProduct
+        The float one.
     """
 
     def __init__(self, name: str, product: AttentionProduct) -> None:
@@ -149,6 +167,11 @@ class QuantAttention(Module):
 
 def wrap(module: M) -> tuple[M, dict[str, QuantLayer]]:
     """Copy a network with every Conv2d, Linear and attention product wrapped.
+
+    Parameters
+    ----------
+    module : Module
+        Of floats; it stays as it is.
 
     Returns
     -------
@@ -185,6 +208,17 @@ def watched(network: M, watcher: Watcher) -> M:
     """Return a copy of a wrapped network with the same weights and quantizers, all of whose quantizers tell `watcher`.
 
     For one worker thread: others may use the original, or copies of their own, at the same time.
+
+    Parameters
+    ----------
+    network : Module
+        Wrapped.
+    watcher : callable
+        Is given the name of a quantizer and its input.
+
+    Returns
+    -------
+    Module, of the same type
     """
 
     def own(_: str, node: Module) -> Module | None:
@@ -205,6 +239,16 @@ def rebuild(module: M, replace: Callable[[str, Module], Module | None]) -> M:
     """Copy a module tree, with other modules in the places where `replace(full name, module)` gives one.
 
     The copy has module objects of its own and shares every parameter. What is replaced is not descended into.
+
+    Parameters
+    ----------
+    module : Module
+    replace : callable
+        Gives a module or None.
+
+    Returns
+    -------
+    Module, of the same type
     """
 
     def visit(node: object, name: str) -> object:

@@ -8,10 +8,10 @@ from toys import TINY, tiny_model, tiny_session
 
 from refquant.errors import RangeError, RefquantError, UnknownNameError
 from refquant.quant.calibrate import CalibrationConfig
-from refquant.quant.methods import METHODS, method, options_of
+from refquant.quant.methods import METHODS, method, methods_for, options_of
 from refquant.quant.quantized import QuantizedModel
 
-EVERY = pytest.mark.parametrize("name", METHODS)
+EVERY = pytest.mark.parametrize("name", methods_for("unet"))
 SMALL = tiny_model(replace(TINY, image_size=4, multipliers=(1,), attention=(4,)))
 LITTLE = CalibrationConfig(images=1, steps=2, every=1)
 SHORT = {"tfmq": {"tiar_iterations": 1}, "ptqd": {"on": "nearest", "images": 1}}

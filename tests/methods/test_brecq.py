@@ -50,13 +50,14 @@ def test_grain(calibration, monkeypatch, grain, most):
     assert sorted(name for layers in given for name in layers) == sorted(made.layers)
 
 
-def test_importance_without_importance_is_brecq(calibration):
-    """Uniform steps and the plain squared error."""
-    same(quantized(calibration, "importance", steps="uniform", loss="mse"), quantized(calibration))
+def test_importance_with_the_plain_loss_is_brecq(calibration):
+    """The same states and the same squared error."""
+    same(quantized(calibration, "importance", loss="mse"), quantized(calibration))
 
 
-@pytest.mark.parametrize("options", [{"steps": "uniform"}, {"loss": "mse"}], ids=["fisher", "psnr"])
-def test_each_kind_of_importance_changes_codes(calibration, options):
+@pytest.mark.parametrize(("name", "changed"), [("importance", {}), ("brecq", {"sampling": "uniform"})])
+def test_each_kind_of_importance_changes_codes(calibration, name, changed):
     """Or the test above would say nothing."""
-    other, brecq = quantized(calibration, "importance", **options), quantized(calibration)
+    session = tiny_session(calibration, weight_bits=3, effort={"iterations": 8}, **changed)
+    other, brecq = METHODS[name](session), quantized(calibration)
     assert any(not np.array_equal(la.codes, brecq.layers[name].codes) for name, la in other.layers.items())

@@ -10,7 +10,7 @@ from toys import TINY, tiny_model, tiny_session
 
 from refquant.quant.calibrate import Calibration, CalibrationConfig
 from refquant.quant.coverage import COVERAGES, coverage
-from refquant.quant.methods import METHODS
+from refquant.quant.methods import METHODS, methods_for
 
 SHORT = {"tfmq": {"tiar_iterations": 1}, "ptqd": {"on": "squant", "images": 1}}
 FEW = settings(max_examples=3 if settings().max_examples < 1000 else 100)  # each is a whole quantization or more
@@ -44,7 +44,7 @@ def weight_error(made):
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods_for("unet"))
 @FEW
 @given(calibrations(), st.integers(2, 8), st.sampled_from([2, 4, 8]), st.sampled_from(COVERAGES))
 def test_codes_lie_in_range_and_float_layers_keep_every_bit(name, calibration, weight_bits, input_bits, policy):

@@ -11,9 +11,11 @@ from toys import TINY, tiny_model
 
 import refquant.commands.demo
 import refquant.commands.train
-from refquant import cli, io
+from refquant import cli, io, kernels
 from refquant.diffusion.model import asset_names
-from refquant.nn.unet import CONFIGS, UNetConfig
+from refquant.nn.dit import DiTConfig
+from refquant.nn.networks import CONFIGS
+from refquant.nn.unet import UNetConfig
 from refquant.viz import read_png_text
 
 shipped = pytest.mark.skipif(
@@ -149,6 +151,57 @@ def test_train_refuses_to_start_from_another_network(run, small, tiny):
     assert refused(run("train", small, "--data", "shapes", "--start", "no-such-model"), "no-such-model")
 
 
+@pytest.fixture
+def dit(run, monkeypatch):
+    """Path of a conditional model, trained for two steps, whose classes differ afterwards."""
+    monkeypatch.setitem(CONFIGS, "small-dit", DiTConfig(28, 1, patch=14, width=8, depth=1, heads=2, classes=5))
+    options = ("--data", "shapes", "--steps", 2, "--batch", 4, "--prediction", "v", "--out", "dit.safetensors")
+    assert run("train", "small-dit", *options)[0] == 0
+    found = io.load("dit.safetensors")
+    rng = np.random.default_rng(0)
+    noisy = {k: a + rng.standard_normal(a.shape).astype(np.float32) for k, a in found.tensors.items()}
+    io.save("dit.safetensors", noisy, found.metadata)
+    return "dit.safetensors"
+
+
+def test_classes_are_asked_for(run, dit):
+    """--class in turn for the images, by default all in turn; --guidance changes the images of a class."""
+
+    def draw(*options):
+        code, _, _ = run("sample", dit, "-n", 6, "--steps", 2, "--out", "x.npy", *options)
+        assert code == 0
+        return np.load("x.npy")
+
+    all_classes, two, one = draw(), draw("--class", "0,4"), draw("--class", "4")
+    same = [[i for i in range(6) if np.allclose(a[i], b[i], atol=1e-4)] for a, b in ((all_classes, two), (two, one))]
+    assert same == [[0], [1, 3, 5]]  # 0,1,2,3,4,0 beside 0,4,0,4,0,4 beside 4,4,4,4,4,4
+    np.testing.assert_array_equal(draw("--class", "4", "--guidance", 1), one)
+    assert np.abs(draw("--class", "4", "--guidance", 3) - one).max() > 1e-3
+    np.testing.assert_array_equal(draw("--class", "4", "--guidance", 0), draw("--class", "1", "--guidance", 0))
+    run("sample", dit, "-n", 1, "--steps", 2, "--class", 3, "--guidance", 2.5, "--out", "x.png")
+    text = read_png_text("x.png")
+    assert (text["classes"], text["guidance"]) == ("[3]", "2.5")
+
+
+def test_classes_that_cannot_be_asked_for(run, tiny, dit):
+    for options in (("--class", 1), ("--guidance", 2)):
+        assert refused(run("sample", tiny, *options), "unconditional", "--class", "--guidance")
+    assert refused(run("sample", dit, "--class", "0,5"), "classes 0 to 4")
+    assert refused(run("sample", dit, "--guidance", -1), "guidance is -1", "at least 0")
+    code, out, err = run("sample", dit, "--class", "seven")
+    assert code == 2 and out == "" and "not a list of whole numbers" in err
+
+
+@pytest.mark.skipif("mnist-classifier" not in asset_names(), reason="no classifier in refquant/assets")
+def test_evaluate_counts_what_was_requested(run, dit, tiny):
+    arguments = ("-n", 3, "--runs", 2, "--steps", 2, "--guidance", 2, "--reference", dit, "--json", "e.json")
+    code, out, _ = run("evaluate", dit, *arguments)
+    assert code == 0 and "requested" in out and "guidance 2" in out
+    found = json.loads(Path("e.json").read_text())
+    assert len(found["requested"]) == 2 and found["guidance"] == 2 and found["psnr_db"] == [float("inf")] * 2
+    assert refused(run("evaluate", dit, "-n", 2, "--reference", tiny), "knows 0 classes", "5")
+
+
 def test_info_describes_the_installation(run):
     code, out, _ = run("info")
     assert code == 0 and "numpy" in out and "blas" in out and "kernel in use" in out
@@ -169,6 +222,7 @@ def test_demo_prints_a_table_and_writes_a_picture(run, monkeypatch):
     assert sizes[0] > 3.5 * sizes[1] and sizes[1] > 1.6 * sizes[2]
     assert rows[1]["psnr_db"] > rows[2]["psnr_db"] > 0
     assert all(r["bits"] in out for r in rows) and read_png_text("d.png")["steps"] == "2"
+    assert ("computed in integers" in out) == (kernels.active() != "ref")
 
 
 @shipped
@@ -188,6 +242,7 @@ def test_unknown_names(run, tmp_path):
     assert refused(run("sample", tmp_path), "no model or file")
     assert refused(run("train", "--data", "no-such-data"), "no-such-data", "mnist")
     assert refused(run("info", "--isa", "no-such-isa"), "no-such-isa", "ref")
+    assert "invalid choice" in run("train", "dit-xl-2")[2]  # it learns variances, which is not taught
     for arguments in (("train", "no-such-network"), ("quantize", "--method", "no-such-method"), ("no-such-verb",)):
         code, out, err = run(*arguments)  # argparse lists the choices itself
         assert code == 2 and out == "" and "Traceback" not in err and "no-such" in err

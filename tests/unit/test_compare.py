@@ -27,6 +27,8 @@ def test_all_numbers_are_there(folder):
     assert [r["method"] for r in rows] == ["float32", "nearest", "tfmq:fsc=temporal:tiar_iterations=2"]
     for row in rows[1:]:
         assert len(row["psnr_db"]) == len(row["frechet"]) == 2 and len(row["per_step_mse"]) == 2
+        # of two images the median is the mean of both: never below what their mean error gives (Jensen)
+        assert all(m >= d for m, d in zip(row["psnr_median_db"], row["psnr_db"], strict=True))
         assert len(row["feature_cosine_by_t"]) == 1000 and 0 < row["feature_squared"] <= row["feature_squared_worst"]
         assert row["seconds"]["all"] >= sum(v for k, v in row["seconds"].items() if k != "all")
         assert row["peak_memory_bytes"] > 10e6 and row["coverage"].startswith("full")

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import UnknownNameError
 from ..quantized import QuantizedModel
 from ..session import Session
-from . import brecq, importance, nearest, ptq4dm, ptqd, qdiffusion, squant, tfmq
+from . import brecq, ditas, importance, nearest, ptq4dit, ptq4dm, ptqd, qdiffusion, qdit, squant, tfmq, tqdit
 
 
 def quantize_ptqd(session: Session, *, on: str = "brecq", bias: str = "raw", images: int = 32) -> QuantizedModel:
@@ -38,7 +38,19 @@ METHODS: dict[str, Callable[..., QuantizedModel]] = {
     "qdiffusion": qdiffusion.quantize,
     "ptqd": quantize_ptqd,
     "tfmq": tfmq.quantize,
+    "tqdit": tqdit.quantize,
+    "ptq4dit": ptq4dit.quantize,
+    "qdit": qdit.quantize,
+    "ditas": ditas.quantize,
 }
+
+#: Methods that are made for transformers; other networks are refused.
+TRANSFORMER_METHODS = ("tqdit", "ptq4dit", "qdit", "ditas")
+
+
+def methods_for(kind: str) -> list[str]:
+    """Names of the methods that fit a kind of network, such as "unet" or "dit"."""
+    return [name for name in METHODS if kind == "dit" or name not in TRANSFORMER_METHODS]
 
 
 def method(name: str) -> Callable[..., QuantizedModel]:

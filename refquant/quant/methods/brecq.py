@@ -17,16 +17,15 @@ Where we differ and why.
 2. The squared error is not weighted by Fisher's diagonal, which no diffusion paper's script switches on; it is in
    `importance`.
 3. Units go by order of execution (`refquant.quant.units`), and dropout is off: the released codes leave it on.
-4. States are drawn evenly from all steps of the sampler.
+4. States are drawn as the session says; ``sampling="uniform"`` is the paper's way.
 5. Activations: one range for all time-steps, by mse search. The paper learns their steps (see `qdiffusion`).
 """
 
 from __future__ import annotations
 
 from ...errors import UnknownNameError
-from ..blocks import reconstruct_units
+from ..blocks import learning_states, reconstruct_units
 from ..quantized import QuantizedModel
-from ..record import pick
 from ..session import Session
 from ..units import Unit, find_units
 
@@ -52,7 +51,6 @@ def quantize(session: Session, *, grain: str = "block") -> QuantizedModel:
     units = find_units(run.network, run.layers)
     if grain == "layer":
         units = [Unit(layer.name, layer, (layer,)) for unit in units for layer in unit.layers]
-    seed = session.reconstruction.seed
-    reconstruct_units(run, units, pick(session.calibration.trajectories, session.states, seed))
+    reconstruct_units(run, units, learning_states(run))
     run.shared_inputs()
     return run.finish()

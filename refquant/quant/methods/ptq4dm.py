@@ -98,7 +98,7 @@ def calibration_states(
     label = last - index  # the sampler's steps count from the noisiest
     # released: the loop index of the sampler is compared with `index`, and the step's output is kept
     state = label if labels == "paper" else np.minimum(index + 1, last)
-    return States(trajectories.x[state, image], trajectories.t[label], label, image)
+    return States(trajectories.x[state, image], trajectories.t[label], label, image, trajectories.classes(image))
 
 
 def _check(labels: str, spread: str) -> None:

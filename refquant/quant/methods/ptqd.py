@@ -57,6 +57,7 @@ from ...errors import RangeError, ShapeError, UnknownNameError
 from ..calibrate import CalibrationConfig
 from ..correction import Correction
 from ..quantized import QuantizedModel
+from ..record import calibration_classes
 
 BIASES = ("raw", "residual")
 
@@ -176,7 +177,7 @@ def measure_noise(
     cfg : CalibrationConfig
         Its images, steps and seed; `every` is not used, for each step has its own noise. The authors take
         1,024 images.
-    eta, spacing, clip
+    eta, spacing, clip : float, str, bool
         Of the sampler that will be corrected, see `refquant.diffusion.ddim.ddim_sample`.
     bias : {"raw", "residual"}
         See `noise_statistics`.
@@ -185,14 +186,15 @@ def measure_noise(
     -------
     NoiseStatistics
     """
-    original = model.denoiser()
+    original, y = model.denoiser(), calibration_classes(model.classes, cfg.images)
     timesteps: list[int] = []
     found: list[tuple[float, Float64, float]] = []
 
     def both(x: Images, t: int, step: int) -> Images:
-        e = original(x, t, step)
+        told = () if y is None else (y,)
+        e = original(x, t, step, *told)
         timesteps.append(t)
-        found.append(noise_statistics(e, quantized(x, t, step) - e, bias))
+        found.append(noise_statistics(e, quantized(x, t, step, *told) - e, bias))
         return e
 
     noise = NoiseSource(cfg.seed, cfg.images, model.image_shape)
@@ -203,6 +205,12 @@ def measure_noise(
 
 def corrected(eps: NoisePredictor, statistics: NoiseStatistics) -> NoisePredictor:
     """Take the correlated part and the bias out of a noise predictor: ``(eps^ - mu) / (1 + max(k, 0))``.
+
+    Parameters
+    ----------
+    eps : NoisePredictor
+    statistics : NoiseStatistics
+        From `measure_noise`.
 
     Returns
     -------
@@ -249,6 +257,10 @@ def absorb(sigma: float, sigma_q: float, ab: float, ab_after: float) -> float:
     ab, ab_after : float
         alpha_bar at this step and at the one after it.
 
+    Returns
+    -------
+    float
+
     Notes
     -----
     eps enters x_{t'} twice, through the image and through the direction. c is the size of both together,
@@ -277,10 +289,12 @@ def ptqd_ddim_sample(
     ----------
     eps : NoisePredictor
         Of the quantized model, as it is.
-    x, schedule, noise, eta, clip, callback
-        See `refquant.diffusion.ddim.ddim_sample`. The callback sees the corrected eps.
+    x, schedule, noise : array, Schedule, NoiseSource
+        See `refquant.diffusion.ddim.ddim_sample`.
     statistics : NoiseStatistics
         Of that model; they also say which time-steps to visit.
+    eta, clip, callback : float, bool, callable
+        See there. The callback sees the corrected eps.
 
     Returns
     -------

@@ -6,7 +6,7 @@
 4. Activations: one range for all t, whose step is then learned on each unit's output.
 
     equation                    function here               authors' code (q-diffusion 715783d)
-    states, every few steps     `record.pick`               qdiff/utils.py:325-348
+    states, every few steps     `blocks.learning_states`    qdiff/utils.py:325-348
     split shortcuts (eq. 8, 9)  `split.split_shortcuts`     qdiff/quant_layer.py:231-330
     block reconstruction        `blocks.reconstruct_units`  qdiff/block_recon.py:1-57
     learned activation steps    `learn_steps.learn_steps`   qdiff/block_recon.py:58-140
@@ -18,14 +18,14 @@ Where we differ and why.
    that what learning adds is seen.
 3. The rate is relative to each step; theirs is 4e-4 for all (see `learn_steps`).
 4. As many iterations for the steps as for the weights of a unit, by default; theirs are 5,000 and 20,000.
+5. States are drawn as the session says; point 1 above is its ``sampling="uniform"``.
 """
 
 from __future__ import annotations
 
-from ..blocks import reconstruct_units
+from ..blocks import learning_states, reconstruct_units
 from ..learn_steps import learn_steps
 from ..quantized import QuantizedModel
-from ..record import pick
 from ..session import Session
 from ..split import split_shortcuts
 from ..units import find_units
@@ -51,9 +51,9 @@ def quantize(session: Session, *, split: bool = True, step_iterations: int | Non
     run = session.start(
         "qdiffusion", model=split_shortcuts(model) if split else model, split=split, step_iterations=iterations
     )
-    states = pick(session.calibration.trajectories, session.states, session.reconstruction.seed)
     units = find_units(run.network, run.layers)
     run.nearest_weights()
+    states = learning_states(run)
     reconstruct_units(run, units, states)
     run.shared_inputs(seen=session.calibration.observed(run.model.network) if split else None)
     if iterations and run.input_specs():

@@ -115,6 +115,11 @@ def squant(weight: ArrayLike, bits: int, mode: str = "full") -> tuple[IntArray, 
 def grid(weight: ArrayLike, bits: int) -> tuple[NDArray[np.float32], QParams]:
     """Scale a weight to the grid on which codes are the integers from -2**(b-1) to 2**(b-1) - 1.
 
+    Parameters
+    ----------
+    weight : array_like, (O, ...)
+    bits : int
+
     Returns
     -------
     x : float32 array, shape of weight
@@ -154,6 +159,12 @@ def kernels(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def neighbours(x: Float64, qmin: int, qmax: int) -> tuple[Float64, Float64]:
     """Stage E: the nearest code of x, and the one on the other side of x, to which it may be flipped.
+
+    Parameters
+    ----------
+    x : float64 array, any shape
+        In steps.
+    qmin, qmax : int
 
     Returns
     -------

@@ -27,8 +27,11 @@ Where we differ and why.
 2. `fsc="temporal"` is the paper's scope, "all" the released code's, "none" one range for all steps.
 3. Ranges of a step are exact (`ranges="exact"`); the released ones are an average over 17 batches, in which the
    first 16 samples weigh 0.44 (`ranges="running"`).
-4. One set of trajectories feeds everything; the released code samples each step's states anew.
-5. Units in order of execution (`order="registration"` repeats the released order, which takes the up path of this
+4. One set of trajectories feeds everything; the released code samples each step's states anew, and evenly, which is
+   the session's ``sampling="uniform"`` here.
+5. A DiT, which the paper does not treat, has its temporal features in the modulations of adaLN: shifts, scales and
+   gates. They depend on the class as well, so TIAR and the tables see every time-step with every class and with none.
+6. Units in order of execution (`order="registration"` repeats the released order, which takes the up path of this
    network in reverse), dropout off, coverage as asked (theirs is `coverage="released"`).
 """
 
@@ -38,19 +41,20 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...autograd import no_grad
 from ...errors import RangeError, UnknownNameError
 from ..activations import KINDS, step_tables
-from ..blocks import reconstruct_units
+from ..blocks import learning_states, reconstruct_units
 from ..cache import disturbances, feature_cache
 from ..quantized import QuantizedModel
 from ..reconstruct import reconstruct
-from ..record import pick
 from ..session import Arrays, Run, Session
-from ..temporal import TemporalBlock, quantized_features
+from ..temporal import TemporalBlock, every_condition, quantized_features
 from ..temporal import features as temporal_features
 from ..units import ORDERS, find_units, temporal_layers
 from ..wrap import activation_quantizers
 
+PIECE = 1024  # conditions whose float features are made at a time
 TIAR_BATCH = 256  # time-steps for each step of Adam: they cost a thousandth of what images do
 SCOPES = ("temporal", "all", "none")
 FEATURES = ("computed", "cached", "selected")
@@ -100,11 +104,16 @@ def quantize(
         "tfmq", fsc=fsc, ranges=ranges, time_steps=time_steps, tiar_iterations=tiar_iterations, order=order,
         features=features,
     )  # fmt: skip
+    if features != "computed" and run.model.classes:
+        raise RangeError(
+            f"tfmq: features={features!r} keeps one row a step, and {run.model.name} has one for each of "
+            f"{run.model.classes + 1} classes as well. Use features='computed'."
+        )
     temporal = temporal_layers(run.model.network)
     run.nearest_weights()
     tiar(run, temporal, seen_time_steps(run, time_steps), tiar_iterations)
     units = find_units(run.network, run.layers, without=frozenset(temporal), order=order)
-    reconstruct_units(run, units, pick(session.calibration.trajectories, session.states, session.reconstruction.seed))
+    reconstruct_units(run, units, learning_states(run))
     finite_set_calibration(run, temporal, fsc, ranges)
     made = run.finish(temporal_layers=temporal)
     return made if features == "computed" else with_cache(made, run, features)
@@ -121,18 +130,22 @@ def seen_time_steps(run: Run, count: int) -> np.ndarray:
 
 
 def tiar(run: Run, temporal: list[str], t: np.ndarray, iterations: int) -> None:
-    """Learn the rounding of all temporal layers together, on the temporal features of time-steps t (N,)."""
+    """Learn the rounding of all temporal layers together, on the temporal features of t (N,) and of every class."""
     layers = [run.layers[name] for name in temporal if run.layers[name].weight_qparams is not None]
     cfg = replace(run.session.reconstruction, iterations=iterations, batch=TIAR_BATCH)
     if not layers:
         return
 
     def learn() -> Arrays:
-        target, block = TemporalBlock(run.model.network).joined(t).data, TemporalBlock(run.network)
+        inputs = [part for part in every_condition(t, run.model.classes) if part is not None]
+        float_block, block = TemporalBlock(run.model.network), TemporalBlock(run.network)
+        with no_grad():  # in pieces: 11,000 conditions of mnist-dit have 214 MB of features
+            pieces = [[part[i : i + PIECE] for part in inputs] for i in range(0, len(inputs[0]), PIECE)]
+            target = np.concatenate([float_block.joined(*piece).data for piece in pieces])
         weights = [run.weight(layer.name) for layer in layers]
         with run.bar(cfg.iterations, "TIAR") as bar:
             losses = reconstruct(
-                lambda steps: block.joined(steps.data), layers, weights, [t], target, cfg,
+                lambda *told: block.joined(*(part.data for part in told)), layers, weights, inputs, target, cfg,
                 chunk=TIAR_BATCH // 2, on_step=bar.update,
             )  # fmt: skip
         return {**{layer.name: layer.codes for layer in layers}, "losses": losses}

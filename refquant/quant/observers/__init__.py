@@ -13,6 +13,7 @@ Over many batches, ``update(x)`` and then ``minmax(spec)``:
     RangeObserver the exact range, and a sample of the values for the searches       `batches`
     RunningRange  a moving average of the batches' ranges                            `running`
     StepRanges    a range for every step of the sampler, and their `StepTable`       `steps`
+    TimeGroups    the same for groups of steps                                       `time_groups`
 
 The range searches of two baselines, as released: `observers.ptq4dm`, `observers.qdiffusion`.
 
@@ -32,6 +33,7 @@ from .ranges import from_range, minmax, percentile
 from .running import RunningRange
 from .search import SHRINK, mse
 from .steps import StepRanges, StepTable
+from .time_groups import TimeGroups
 
 __all__ = [
     "SHRINK",
@@ -39,6 +41,7 @@ __all__ = [
     "RunningRange",
     "StepRanges",
     "StepTable",
+    "TimeGroups",
     "from_range",
     "histogram",
     "kl",

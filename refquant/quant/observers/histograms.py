@@ -3,8 +3,8 @@
 They serve the comparison of range estimators (TFMQ-DM's ablation). Both exist twice: with the released
 details, ``released=True``, and, by default, as their names promise.
 
-Where we differ from the released TFMQ-DM code (``quant/quant_layer.py:67-133``), and why
----------------------------------------------------------------------------------------
+Where we differ from the released TFMQ-DM code (``quant/quant_layer.py:67-133``), and why:
+
 1. ``kl`` compares the histogram of the clipped tensor, in L bins, with that of the tensor itself, also in L
    bins. The candidate "clip nothing" compares a histogram with itself, so its divergence is 0 and it wins: the
    estimator *is* min-max. The released code clips all the same, by accident: it makes one of the two equal

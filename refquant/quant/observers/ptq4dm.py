@@ -99,6 +99,10 @@ def from_search_range(lo: ArrayLike, hi: ArrayLike, spec: QSpec) -> QParams:
     lo, hi : float or array_like, () or (C,)
         Widened to contain 0.
     spec : QSpec
+
+    Returns
+    -------
+    QParams
     """
     _check(spec)
     low, high = np.asarray(lo, dtype=np.float32), np.asarray(hi, dtype=np.float32)

@@ -117,6 +117,13 @@ def mse(x: ArrayLike, spec: QSpec) -> QParams:
 def symmetric_mse_as_released(x: ArrayLike, bits: int, axis: int | None = None) -> QParams:
     """What Q-Diffusion's ``mse`` does for a symmetric quantizer: not a good one (module docstring).
 
+    Parameters
+    ----------
+    x : array_like, any shape
+    bits : int
+    axis : int, optional
+        Of the channels.
+
     Returns
     -------
     QParams

@@ -60,7 +60,10 @@ class RunningRange:
     def update_range(self, lo: ArrayLike, hi: ArrayLike) -> None:
         """Take in the range that a search chose for a batch (PTQ4DM averages those).
 
-        lo and hi are () or, with an axis, (C,); finite, lo <= hi.
+        Parameters
+        ----------
+        lo, hi : float or array_like, () or, with an axis, (C,)
+            Finite, lo <= hi.
         """
         low, high = (np.atleast_1d(np.asarray(end, dtype=np.float32)) for end in (lo, hi))
         if low.shape != high.shape or not (np.isfinite(low) & np.isfinite(high) & (low <= high)).all():

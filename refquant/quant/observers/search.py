@@ -3,8 +3,8 @@
 A wide range clips nothing and has a large step; a narrow one rounds finely and clips. The search measures
 both errors together, on the data themselves.
 
-Where we differ from the released TFMQ-DM code (``quant/quant_layer.py:38-64``), and why
---------------------------------------------------------------------------------------
+Where we differ from the released TFMQ-DM code (``quant/quant_layer.py:38-64``), and why:
+
 1. Its search shrinks the raw [min x, max x]. For a tensor of one sign the zero point then falls outside of
    the codes and 0 is off by as much as the range is away from it. Ours shrinks the widened range, which
    makes min-max the first candidate: the search is never worse than min-max on its own data. On tensors that

@@ -13,8 +13,9 @@ from refquant.autograd import Tensor, no_grad
 from refquant.diffusion.ddim import ddim_sample
 from refquant.diffusion.denoiser import target
 from refquant.diffusion.sampling import NoiseSource
-from refquant.errors import RangeError
+from refquant.errors import RangeError, UnknownNameError
 from refquant.nn.module import Module
+from refquant.quant.blocks import TRIED, learning_states
 from refquant.quant.calibrate import Calibration
 from refquant.quant.importance import finish, fisher, step_errors, step_weights
 from refquant.quant.methods import METHODS
@@ -32,34 +33,62 @@ def sampled(model, calibration, eps):
 def test_one_quantized_step_at_a_time_by_brute_force(model, calibration):
     """MSE_k of the images of a whole run in which step k alone asks the quantized network."""
     quantized, original = METHODS["nearest"](tiny_session(calibration, weight_bits=3)).denoiser(), model.denoiser()
-    error, end = step_errors(model, quantized, calibration.trajectories)
+    error = step_errors(model, quantized, calibration.trajectories)
     want = sampled(model, calibration, original)
-    np.testing.assert_array_equal(end, want)
+    np.testing.assert_array_equal(finish(model, calibration.trajectories), want)
     assert error.shape == (CALIBRATION.steps,)
     for k in range(CALIBRATION.steps):
         got = sampled(model, calibration, lambda x, t, s, k=k: (quantized if s == k else original)(x, t, s))
-        assert error[k] == np.mean((got.astype(np.float64) - want) ** 2) > 0
+        # sums of a larger batch may be rounded otherwise
+        np.testing.assert_allclose(error[k], np.mean((got.astype(np.float64) - want) ** 2), rtol=1e-3)
+        assert error[k] > 0
 
 
 def test_fewer_images_are_the_first_ones(model, calibration):
-    """Asked for 2 of 3 images; for more than there are, all."""
-    error, end = step_errors(model, model.denoiser(), calibration.trajectories, images=2)
-    assert len(end) == 2 and len(step_errors(model, model.denoiser(), calibration.trajectories, images=99)[1]) == 3
-    assert error.max() < 1e-10  # sums of a batch of 2 may be rounded otherwise than those of 3
+    """Asked for more images than there are, all are taken; a float step in the place of a quantized one errs little."""
+    quantized = METHODS["nearest"](tiny_session(calibration, weight_bits=3)).denoiser()
+    some, all_, more = (step_errors(model, quantized, calibration.trajectories, images=n) for n in (2, 3, 99))
+    np.testing.assert_array_equal(all_, more)
+    assert (some != all_).all()
+    assert step_errors(model, model.denoiser(), calibration.trajectories).max() < 1e-10
+
+
+def test_steps_between_lie_on_straight_lines(model, calibration):
+    """Steps 0, 3 of 4 are tried: those of 1 and 2 divide the difference into thirds."""
+    quantized = METHODS["nearest"](tiny_session(calibration, weight_bits=3)).denoiser()
+    exact = step_errors(model, quantized, calibration.trajectories)
+    found = step_errors(model, quantized, calibration.trajectories, every=3)
+    np.testing.assert_allclose(found[[0, 3]], exact[[0, 3]], rtol=1e-3)
+    np.testing.assert_allclose(found[1:3], [(2 * found[0] + found[3]) / 3, (found[0] + 2 * found[3]) / 3])
 
 
 def test_psnr_in_the_recipe_is_that_of_the_errors(calibration):
-    """PSNR_k = -10 log10(MSE_k / 4), of the model with nearest weights and shared ranges."""
+    """PSNR_k = -10 log10(MSE_k / 4), of the model with nearest weights and float activations."""
     made = METHODS["importance"](tiny_session(calibration, weight_bits=4), loss="mse")
-    nearest = METHODS["nearest"](tiny_session(calibration, weight_bits=4))
-    error, _ = step_errors(calibration.model, nearest.denoiser(), calibration.trajectories)
+    nearest = METHODS["nearest"](tiny_session(calibration, weight_bits=4, input_bits=32))
+    error = step_errors(calibration.model, nearest.denoiser(), calibration.trajectories, every=TRIED)
     np.testing.assert_allclose(made.recipe["psnr_of_steps"], -10 * np.log10(error / 4), atol=0.006)
 
 
-def test_finish_from_any_step_leads_to_the_same_images(model, calibration):
-    ends = [finish(model, model.denoiser(), calibration.trajectories, k) for k in range(CALIBRATION.steps)]
-    for end in ends:
-        np.testing.assert_array_equal(end, ends[0])
+def test_states_are_drawn_by_the_importance_of_their_steps(calibration):
+    """More states of a step whose rounding hurts more; evenly, if asked, or where no weight is rounded."""
+
+    def drawn(**options):
+        run = tiny_session(calibration, **{"weight_bits": 3, "states": 8, **options}).start("any")
+        if run.session.weight_bits < 32:
+            run.nearest_weights()
+        states = learning_states(run)
+        return np.bincount(states.step, minlength=CALIBRATION.steps), run.recipe.get("psnr_of_steps")
+
+    even = [2, 2, 2, 2]
+    count, psnr = drawn()
+    assert count.sum() == 8 and count[np.argmin(psnr)] >= count[np.argmax(psnr)] and list(count) != even
+    assert list(drawn(sampling="uniform")[0]) == even and list(drawn(weight_bits=32)[0]) == even
+
+
+def test_unknown_sampling(calibration):
+    with pytest.raises(UnknownNameError, match="importance, uniform"):
+        tiny_session(calibration, sampling="often")
 
 
 errors_of_steps = hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(0, 1e6))
@@ -67,12 +96,13 @@ errors_of_steps = hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(
 
 @given(errors_of_steps, st.floats(0, 1))
 def test_weights_are_shares_with_a_floor(errors, floor):
-    """sum w = 1, w_k >= floor / S, and above it in proportion to the errors; all alike where there is none."""
+    """sum w = 1, w_k >= floor / S, and above it like the roots of the errors; all alike where there is none."""
     weights = step_weights(errors, floor)
     np.testing.assert_allclose(weights.sum(), 1)
     assert (weights >= floor / len(errors) * (1 - 1e-12)).all()
     if errors.sum() > 1e-300:
-        np.testing.assert_allclose(weights - floor / len(errors), (1 - floor) * errors / errors.sum(), atol=1e-12)
+        root = np.sqrt(errors)
+        np.testing.assert_allclose(weights - floor / len(errors), (1 - floor) * root / root.sum(), atol=1e-12)
     elif not errors.any():
         np.testing.assert_allclose(weights, 1 / len(errors))
 
@@ -107,7 +137,7 @@ def case(request):
     model = tiny_model(prediction=request.param)
     calibration = Calibration(model, CALIBRATION)
     states = calibration.trajectories.at([0, 2])[1:5]  # two images of the first step, two of the third
-    end = finish(model, model.denoiser(), calibration.trajectories, CALIBRATION.steps - 1)
+    end = finish(model, calibration.trajectories)
     precise = replace(model, network=model.network.astype(np.float64))
 
     def loss(network):
@@ -157,7 +187,7 @@ def test_a_unit_that_the_loss_does_not_see_counts_evenly(calibration):
 def test_states_beyond_a_chunk_keep_their_order(model, calibration):
     """20 states in chunks of 16 and 4: each row is the gradient of its own state, whichever chunk it is in."""
     states = calibration.trajectories.at([0, 1, 2, 3, 0, 1, 2, 3])[:20]
-    end = finish(model, model.denoiser(), calibration.trajectories, CALIBRATION.steps - 1)
+    end = finish(model, calibration.trajectories)
     g = fisher(model, ["mid.block_1"], states, end)["mid.block_1"].reshape(20, -1)
     for i in range(8):  # state i + 12 is state i again
         np.testing.assert_allclose(g[i + 12], g[i], rtol=1e-3, atol=1e-4)

@@ -21,7 +21,7 @@ CASES = [
     ("squant", {"activations": "sigma"}, {"weight_bits": 3, "coverage": "ends8"}),
     ("ptq4dm", {"labels": "released"}, {"weight_bits": 6, "input_bits": 2}),
     ("brecq", {}, {"weight_bits": 2, "coverage": "released"}),
-    ("importance", {"steps": "uniform", "loss": "mse"}, {"weight_bits": 3, "input_bits": 32}),
+    ("importance", {"loss": "mse"}, {"weight_bits": 3, "input_bits": 32}),
     ("qdiffusion", {}, {"weight_bits": 4, "coverage": "released"}),
     ("qdiffusion", {}, {"weight_bits": 6, "input_bits": 6}),
     ("ptqd", {"on": "nearest", "images": 2}, {"weight_bits": 4}),
