@@ -24,6 +24,9 @@ class CompiledCore(BuildHookInterface):
             build_ext.build(package, required=build_ext.required())
             return
 
+        for file in self.tutorials():  # `refquant tutorials` reads them; a source tree has them beside the package
+            build_data["force_include"][str(file)] = f"refquant/assets/{file.relative_to(self.root).as_posix()}"
+
         self._scratch = tempfile.TemporaryDirectory()  # lives until the wheel is written
         compiled = build_ext.build(Path(self._scratch.name), required=build_ext.required())
         if compiled is None:
@@ -35,6 +38,11 @@ class CompiledCore(BuildHookInterface):
             build_data["tag"] = f"cp310-abi3-{platform}"
         else:
             build_data["infer_tag"] = True
+
+    def tutorials(self) -> list[Path]:
+        """List the scripts of the tutorials, the results they read, and their rendered pages."""
+        folder, wanted = Path(self.root, "tutorials"), ("[0-9][0-9]_*.py", "data/*", "rendered/[0-9][0-9]_*")
+        return sorted(file for pattern in wanted for file in folder.glob(pattern))
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Remove the temporary folder once its file is in the wheel."""

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ._version import __version__
-from .commands import average, bench, compare, demo, evaluate, info, quantize, sample, train, verify
+from .commands import average, bench, compare, demo, evaluate, export, info, quantize, sample, train, tutorials, verify
 from .commands.common import apply_common
 from .errors import RefquantError
 
-VERBS = (demo, sample, train, average, quantize, evaluate, compare, info, verify, bench)
+VERBS = (demo, sample, train, average, quantize, export, evaluate, compare, info, verify, bench, tutorials)
 
 
 def parser() -> argparse.ArgumentParser:

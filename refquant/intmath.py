@@ -66,6 +66,10 @@ def saturate(q: FloatArray | IntArray, qmin: int, qmax: int) -> IntArray:
     qmin, qmax : int
         0 <= qmin < qmax <= 255 gives uint8, otherwise -128 <= qmin < qmax <= 127 gives int8.
 
+    Returns
+    -------
+    array of uint8 or int8, shape of q
+
     Raises
     ------
     RangeError

@@ -53,9 +53,9 @@ def image_grid(images: ArrayLike, columns: int | None = None, pad: int = 2, scal
     scale : int
         Each pixel becomes a square of this side, without smoothing.
 
-    Shapes
-    ------
-    result : (rows * (H * scale + pad) + pad, columns * (W * scale + pad) + pad, 3) uint8
+    Returns
+    -------
+    uint8 array, (rows * (H * scale + pad) + pad, columns * (W * scale + pad) + pad, 3)
 
     Examples
     --------
@@ -89,9 +89,10 @@ def difference_images(images: ArrayLike, reference: ArrayLike, gain: float = 1.0
     gain : float
         Above 0. A difference of 2 / gain, from black to white for gain 1, has the full colour.
 
-    Shapes
-    ------
-    result : (N, 3, H, W) in [-1, 1], to be given to `image_grid` or `labelled_rows`
+    Returns
+    -------
+    float64 array, (N, 3, H, W)
+        In [-1, 1], to be given to `image_grid` or `labelled_rows`.
 
     Examples
     --------
@@ -124,6 +125,10 @@ def labelled_rows(
         Magnification of the images.
     columns : int, optional
         Images in a line, by default all; more images than columns wrap within their row.
+
+    Returns
+    -------
+    uint8 array, (height, width, 3)
 
     Notes
     -----
@@ -205,6 +210,14 @@ def save_png(path: str | os.PathLike[str], picture: NDArray[np.uint8], text: Map
 def read_png_text(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the text chunks of a PNG file.
 
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    dict of str to str
+
     Raises
     ------
     RefquantError
@@ -228,6 +241,10 @@ def plot_loss(steps: ArrayLike, losses: ArrayLike) -> Figure:
     steps, losses : array_like, (n,)
         The running mean is centred and spans 1/20 of the n values. A range of more than 1:10 gets a
         logarithmic axis.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
     """
     x, y = _series("plot_loss", "steps", steps), _series("plot_loss", "losses", losses)
     if x.shape != y.shape:
@@ -252,6 +269,10 @@ def plot_per_step_error(errors_by_method: Mapping[str, ArrayLike]) -> Figure:
     errors_by_method : mapping of str to array_like, (K,)
         Mean squared error after each of the K sampling steps, the same K for all methods. The axis is
         logarithmic, where 0 has no place: such steps (the start from equal noise is one) leave a gap.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
     """
     curves = {name: _series("plot_per_step_error", name, errors) for name, errors in errors_by_method.items()}
     steps = {name: len(errors) for name, errors in curves.items()}
@@ -276,6 +297,10 @@ def plot_over_time(curves_by_method: Mapping[str, ArrayLike], quantity: str) -> 
     curves_by_method : mapping of str to array_like, (T,)
     quantity : str
         Label of the axis.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
     """
     curves = {name: _series("plot_over_time", name, values) for name, values in curves_by_method.items()}
     if not curves:

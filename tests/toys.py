@@ -6,12 +6,15 @@ import numpy as np
 
 from refquant.diffusion.model import DiffusionModel
 from refquant.diffusion.schedule import cosine
-from refquant.nn.unet import UNet, UNetConfig
+from refquant.nn.dit import DiTConfig
+from refquant.nn.networks import build
+from refquant.nn.unet import UNetConfig
 from refquant.quant.calibrate import Calibration, CalibrationConfig
 from refquant.quant.reconstruct import ReconstructionConfig
 from refquant.quant.session import Session
 
 TINY = UNetConfig(8, 1, 8, (1, 2), 1, (4,), 4, 0.0)
+TINY_DIT = DiTConfig(8, 1, patch=4, width=8, depth=2, heads=2, mlp_ratio=2, classes=3)
 CALIBRATION = CalibrationConfig(images=3, steps=4, every=2)
 EFFORT = ReconstructionConfig(iterations=3, batch=4, rate=0.1)
 
@@ -19,10 +22,20 @@ EFFORT = ReconstructionConfig(iterations=3, batch=4, rate=0.1)
 def tiny_model(cfg=TINY, *, timesteps=20, prediction="eps", seed=0):
     """A model of random weights, none of them 0 (new networks answer 0): every layer matters."""
     rng = np.random.default_rng(seed)
-    network = UNet(cfg, rng)
+    network = build(cfg, rng)
     for p in network.parameters():
         p.data = p.data + np.float32(0.1) * rng.standard_normal(p.shape, dtype=np.float32)
     return DiffusionModel("tiny", network, cosine(timesteps), prediction)
+
+
+def tiny_dit(cfg=TINY_DIT, *, timesteps=20, seed=0):
+    """A conditional transformer of random weights; its gates are open, so that every layer matters."""
+    model = tiny_model(cfg, timesteps=timesteps, prediction="v", seed=seed)
+    rng = np.random.default_rng([seed, 1])
+    for name, p in model.network.named_parameters():
+        if "adaLN" in name or name.startswith("final_layer") or "embedding_table" in name:
+            p.data = np.float32(0.5) * rng.standard_normal(p.shape, dtype=np.float32)
+    return model
 
 
 def tiny_session(model, calibration=CALIBRATION, **options):

@@ -1,4 +1,4 @@
-"""The same UNet in PyTorch eager, with the same weights: the peer of the float benchmarks.
+"""The same UNet in PyTorch, with the same weights: the peer of the float benchmarks.
 
 Written functionally on a dictionary of tensors that carry this package's names, so that there is
 no second module tree to keep equal.
@@ -90,15 +90,40 @@ def _inputs(peer: TorchUNet, x: np.ndarray, t: Any, layout: Any) -> tuple[torch.
     return torch.tensor(x).contiguous(memory_format=layout), torch.tensor(timestep_embedding(steps, peer.cfg.channels))
 
 
-def forward(peer: TorchUNet, x: np.ndarray, t: Any, layout: Any) -> Callable[[], torch.Tensor]:
+def forward(
+    peer: TorchUNet, x: np.ndarray, t: Any, layout: Any, *, compiled: bool = False
+) -> Callable[[], torch.Tensor]:
     """Return a forward pass without a graph."""
     images, sinusoid = _inputs(peer, x, t, layout)
+    network: Any = _compiled(peer) if compiled else peer
 
     def run() -> torch.Tensor:
         with torch.no_grad():
-            return peer(images, sinusoid)
+            return network(images, sinusoid)
 
     return run
+
+
+class _Module(torch.nn.Module):
+    """The network with weights that torch.compile knows as such, and may bring into the order that it likes best."""
+
+    def __init__(self, peer: TorchUNet) -> None:
+        super().__init__()
+        self.cfg, self.names = peer.cfg, list(peer.w)
+        for name, weight in peer.w.items():  # parameters have no dots in their names
+            self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(weight.detach(), requires_grad=False))
+
+    def forward(self, x: torch.Tensor, sinusoid: torch.Tensor) -> torch.Tensor:
+        weights = {name: getattr(self, name.replace(".", "_")) for name in self.names}
+        return TorchUNet(self.cfg, weights)(x, sinusoid)
+
+
+def _compiled(peer: TorchUNet) -> Any:
+    """torch.compile for these shapes alone, with the weights as constants ("freezing")."""
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    return torch.compile(_Module(peer).eval(), dynamic=False)
 
 
 def update(peer: TorchUNet, x: np.ndarray, t: Any, layout: Any) -> Callable[[], object]:

@@ -1,90 +1,159 @@
-"""One forward pass, or one update in training, of a UNet: here and in PyTorch eager.
+"""A whole pass of a UNet, in integers and in float32, beside other libraries: check first, then time.
 
-The networks have the same weights, and before anything is timed their outputs must agree to 1e-4;
-a time of a wrong answer is no time. Engines take turns in every round, so that a machine that is
-busy for a while slows all of them, and the best round of each counts. PyTorch runs in its default
-layout and in channels-last, which is the faster one on most CPUs.
+How a time is taken, the same for all contenders: in each round every contender has its turn, in a fresh process of
+its own (unet_turn.py), in an order that moves by one from round to round. In a turn it computes all cases (network and
+batch), one after the other: an untimed pass, then timed ones for half a second, two at least. The fastest pass of all
+rounds counts, because what slows a pass down is what else the machine does; the ratio to the fastest peer is that of
+two such passes, its range that of the ratios within each round.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ..autograd import Tensor, ops
-from ..diffusion.denoiser import Denoiser
-from ..diffusion.schedule import cosine
-from ..diffusion.train import NoisyChunk
+from .. import kernels
+from ..deploy.inventory import inventory
+from ..deploy.lower import lower
 from ..errors import RangeError, RefquantError
-from ..nn.fit import FitConfig, Updater
-from ..nn.unet import UNet, config
 from ..threads import get_threads
+from . import unet_networks, unet_turn
+from .kernel_peers import versions
+from .unet_networks import Case
+from .unet_peers import FLOATS, INTEGERS, OURS, OURS_FLOAT, SLOW_START
+from .unet_turn import Task
 
-TOLERANCE = 1e-4  # of outputs of order 1, after some 60 layers in float32
+TURN = 0.5  # seconds of timed passes
+NETWORKS, BATCHES, ROUNDS = ("mnist-unet", "ddpm-cifar10"), (1, 16), 3
 
 
-def run(what: str, network: str, batch: int, repeats: int, seed: int) -> dict[str, float]:
-    """Return seconds of one round of each engine, by name.
+def run(
+    networks: Sequence[str],
+    batches: Sequence[int],
+    rounds: int,
+    *,
+    engines: Sequence[str] = (),
+    seed: int = 0,
+    progress: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Check all contenders on all networks and batches, then time them.
 
     Parameters
     ----------
-    what : {"train", "unet"}
-    network : str
-        A named configuration; weights are random, those that start at zero too.
-    batch, repeats, seed : int
+    networks : sequence of str
+        Named UNets; their weights are random.
+    batches : sequence of int
+        Images.
+    rounds : int
+        Times that each contender has its turn.
+    engines : sequence of str
+        Only contenders whose name contains one of these; none: all.
+    seed : int
+    progress : function of str
+        Told what is done at the moment.
+
+    Returns
+    -------
+    dict
+        "threads", "isa", "peak_gops"; "contenders": versions, None for what is not installed; "cases": for each its
+        network, batch, multiplications of an image, by contender "seconds" of each round, "fastest", "differences",
+        "notes" and "unfit", "ratios" (see `_ratios`), and "profiles" of ours.
+
+    Raises
+    ------
+    RangeError
+        No rounds, no images, a network that is no UNet, or no contender of such a name.
+    RefquantError
+        A kernel differs from the reference, and nothing was timed; or our own process failed.
     """
-    if batch < 1 or repeats < 1:
-        raise RangeError(f"bench: batch is {batch} and repeats is {repeats}; both must be at least 1.")
-    rng = np.random.default_rng(seed)
-    model = UNet(config(network), rng)
-    for p in model.parameters():  # layers that start at zero would hide the ones before them
-        p.data = p.data + np.float32(0.02) * rng.standard_normal(p.shape, dtype=np.float32)
-    cfg = model.cfg
-    x = rng.standard_normal((batch, cfg.image_channels, cfg.image_size, cfg.image_size), dtype=np.float32)
-    t = rng.integers(0, 1000, batch)
-    engines: dict[str, Callable[[], object]] = {}
-    if what == "unet":
-        denoise = Denoiser(model)
-        engines["refquant"] = lambda: denoise(x, 500, 0)
-    else:
-        engines["refquant"] = _our_update(model, x, t)
-    if importlib.util.find_spec("torch") is not None:
-        from . import torch_unet
-
-        outputs = Denoiser(model)(x, 500, 0)
-        for name, layout in torch_unet.LAYOUTS.items():
-            peer = torch_unet.build(model, layout, get_threads())
-            difference = float(np.abs(torch_unet.forward(peer, x, 500, layout)().numpy() - outputs).max())
-            if difference > TOLERANCE * max(1.0, float(np.abs(outputs).max())):
-                raise RefquantError(f"bench: {name} and refquant differ by {difference:.2g}; nothing was timed.")
-            make = torch_unet.forward if what == "unet" else torch_unet.update
-            engines[name] = make(peer, x, 500 if what == "unet" else t, layout)
-    best = dict.fromkeys(engines, np.inf)
-    for _ in range(repeats + 1):  # one round of warming up counts too: the minimum ignores it
-        for name, engine in engines.items():
-            began = time.perf_counter()
-            engine()
-            best[name] = min(best[name], time.perf_counter() - began)
-    return best
+    if rounds < 1 or min(batches) < 1:
+        raise RangeError(f"bench: batch is {min(batches)} and repeats is {rounds}; both must be at least 1.")
+    known: dict[str, str | None] = {name: "" for name in (OURS_FLOAT, *OURS)}
+    known |= {name: versions(packages) for name, (packages, _) in (FLOATS | INTEGERS).items()}
+    chosen = {name: found for name, found in known.items() if not engines or any(text in name for text in engines)}
+    if not chosen:
+        raise RangeError(f"bench: no engine's name contains {' or '.join(engines)}. There are: {', '.join(known)}.")
+    with tempfile.TemporaryDirectory(prefix="refquant-bench-") as folder:
+        for network in networks:
+            progress(f"making and checking {network}")
+            unet_networks.prepare(Path(folder), network, max(batches), seed)
+        cases = tuple(Case(folder, network, batch) for network in networks for batch in batches)
+        work = {network: _multiplications(Case(folder, network, 1)) for network in networks}
+        found = _turns(cases, [name for name, installed in chosen.items() if installed is not None], rounds, progress)
+    for case in cases:
+        facts = found["cases"][str(case)]
+        facts |= {"network": case.network, "batch": case.batch, "multiplications": work[case.network]}
+        facts["fastest"] = {name: min(taken) for name, taken in facts["seconds"].items()}
+        facts["ratios"] = _ratios(facts["seconds"])
+    return {
+        "threads": get_threads(),
+        "isa": kernels.active(),
+        "peak_gops": found["peak_gops"],
+        "contenders": chosen,
+        "cases": list(found["cases"].values()),
+    }
 
 
-def _our_update(model: UNet, x: np.ndarray, t: np.ndarray) -> Callable[[], object]:
-    """One update as `refquant train` does it: noise, gradients by chunks, clipping, Adam, average."""
-    cfg = FitConfig(steps=10**6, batch=len(x))
-    schedule = cosine()
-    x_0 = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
-    updater = Updater(model, cfg)
-    parts = -(-len(x) // cfg.chunk)
-    counter = iter(range(10**6))
+def _multiplications(case: Case) -> int:
+    return sum(entry.multiplications for entry in inventory(lower(case.quantized(8))))
 
-    def update() -> None:
-        rng = np.random.default_rng(0)
-        noise = rng.standard_normal(x_0.shape, dtype=np.float32)
-        x_t = schedule.q_sample(x_0, t, noise)
-        chunks = [NoisyChunk(x_t[i::parts], noise[i::parts], t[i::parts], rng) for i in range(parts)]
-        updater.step(chunks, lambda c: ops.mse(model(Tensor(c.x_t), c.t, None), c.target), next(counter))
 
-    return update
+def _turns(
+    cases: Sequence[Case], order: list[str], rounds: int, progress: Callable[[str], object]
+) -> dict[str, Any]:
+    """Give every contender its turns."""
+    keys = ("seconds", "differences", "notes", "unfit", "profiles")
+    found: dict[str, dict[str, Any]] = {str(case): {key: {} for key in keys} for case in cases}
+    peaks: list[float] = []
+    for turn in range(rounds):
+        for name in list(order):
+            if turn > 0 and name in SLOW_START:
+                continue
+            progress(f"round {turn + 1} of {rounds}: {name}")
+            todo = tuple(case for case in cases if name not in found[str(case)]["unfit"])
+            seconds = TURN * (rounds if name in SLOW_START else 1)
+            task = Task(name, todo, get_threads(), kernels.active(), seconds, first=turn == 0)
+            try:
+                told = unet_turn.elsewhere(task)
+            except RefquantError as failure:
+                if name in (OURS_FLOAT, *OURS):
+                    raise
+                told = {key: {} for key in keys} | {"unfit": {str(c): str(failure) for c in todo}, "peak_gops": None}
+            for case in todo:
+                here = found[str(case)]
+                if str(case) in told["unfit"]:
+                    here["unfit"][name] = told["unfit"][str(case)]
+                    here["seconds"].pop(name, None)
+                    continue
+                here["seconds"].setdefault(name, []).append(told["seconds"][str(case)])
+                for key in ("differences", "notes", "profiles"):
+                    if str(case) in told[key]:
+                        here[key][name] = told[key][str(case)]
+            if told["peak_gops"] is not None:
+                peaks.append(told["peak_gops"])
+        order.append(order.pop(0))
+    return {"cases": found, "peak_gops": max(peaks, default=None)}
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """How many times as fast as the best float32 and the best int8 peer each contender is.
+
+    Returns
+    -------
+    dict
+        {"float32" or "int8": {contender: {"peer", "ratio", "least", "most"}}}; a kind without peers is missing.
+    """
+    out: dict[str, dict[str, dict[str, Any]]] = {}
+    for kind, peers in (("float32", FLOATS), ("int8", INTEGERS)):
+        rivals = [name for name in seconds if name in peers]
+        if not rivals:
+            continue
+        best = min(rivals, key=lambda name: min(seconds[name]))
+        out[kind] = {}
+        for name, taken in seconds.items():
+            within = [theirs / ours for ours, theirs in zip(taken, seconds[best], strict=False)]
+            ratio = min(seconds[best]) / min(taken)
+            out[kind][name] = {"peer": best, "ratio": ratio, "least": min(within), "most": max(within)}
+    return out

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from .. import kernels
 from ..bench import kernels as kernel_bench
-from ..bench import reconstruct, unet
+from ..bench import reconstruct, train, unet
 from ..diffusion.model import load_model
-from ..nn.unet import CONFIGS
+from ..nn.networks import CONFIGS
 from .common import add_verb, print_table, say, setting, write_json
 
 
@@ -20,13 +21,21 @@ def add(verbs: Any) -> None:
     p = add_verb(verbs, "bench", "Time training, sampling, calibration or the integer kernels beside other libraries.",
                  "refquant bench kernels --shapes 256,16x16 8x8 --repeats 5")  # fmt: skip
     p.add_argument("what", choices=("train", "unet", "kernels", "reconstruct"),
-                   help="train: one update; unet: one forward pass; kernels: convolutions in uint8 x int8; "
-                   "reconstruct: learning the rounding of a block")  # fmt: skip
-    p.add_argument("--repeats", type=int, default=10, metavar="R", help="timed rounds, engines taking turns")
+                   help="train: one update; unet: one forward pass, in integers and in float32; kernels: convolutions "
+                   "in uint8 x int8; reconstruct: learning the rounding of a block")  # fmt: skip
+    p.add_argument("--repeats", type=int, metavar="R",
+                   help=f"timed rounds, engines taking turns (default: 10; unet: {unet.ROUNDS})")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     net = p.add_argument_group("train and unet")
-    net.add_argument("--network", choices=tuple(CONFIGS), default="mnist-unet", help="configuration, random weights")
-    net.add_argument("--batch", type=int, default=64, metavar="B", help="images")
+    unets = [name for name, cfg in CONFIGS.items() if cfg.kind == "unet"]
+    net.add_argument("--network", nargs="+", choices=unets, metavar="NAME",
+                     help=f"{', '.join(unets)}; random weights (default: mnist-unet; unet: "
+                     f"{' '.join(unet.NETWORKS)})")  # fmt: skip
+    net.add_argument("--batch", nargs="+", type=int, metavar="B",
+                     help=f"images (default: 64; unet: {' '.join(map(str, unet.BATCHES))})")  # fmt: skip
+    net.add_argument("--engines", nargs="+", default=[], metavar="TEXT",
+                     help="unet: those whose name contains a TEXT (default: all, of which PyTorch compiled needs "
+                     "minutes before its first pass)")  # fmt: skip
     integer = p.add_argument_group("kernels")
     integer.add_argument("--shapes", nargs="+", metavar="TEXT", help="those whose name contains a TEXT")
     integer.add_argument("--gemm", action="store_true", help="matrix products of the same size, beside NumPy float32")
@@ -40,25 +49,94 @@ def add(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time what is asked for."""
-    if args.what == "reconstruct":
-        return run_reconstruct(args)
-    return run_kernels(args) if args.what == "kernels" else run_network(args)
+    verbs = {"train": run_train, "unet": run_unet, "kernels": run_kernels, "reconstruct": run_reconstruct}
+    if args.repeats is None:
+        args.repeats = unet.ROUNDS if args.what == "unet" else 10
+    return verbs[args.what](args)
 
 
-def run_network(args: argparse.Namespace) -> int:
+def run_train(args: argparse.Namespace) -> int:
     """Print images per second and ratios."""
-    say(args, f"bench {args.what} {args.network} batch {args.batch}, {setting()}")
-    times = unet.run(args.what, args.network, args.batch, args.repeats, args.seed)
-    ours = times["refquant"]
-    rows = [
-        (name, f"{args.batch / t:.1f}", f"{1000 * t:.1f}", f"{t / ours:.2f}")
-        for name, t in sorted(times.items(), key=lambda item: item[1])
-    ]
-    print_table(("engine", "images/s", "ms", "refquant is x as fast"), rows)
+    found = []
+    for network, batch in product(args.network or ["mnist-unet"], args.batch or [64]):
+        say(args, f"bench train {network} batch {batch}, {setting()}")
+        times = train.run(network, batch, args.repeats, args.seed)
+        rows = [
+            (name, f"{batch / t:.1f}", f"{1000 * t:.1f}", f"{t / times['refquant']:.2f}")
+            for name, t in sorted(times.items(), key=lambda item: item[1])
+        ]
+        print_table((f"{network}, batch {batch}", "images/s", "ms", "refquant is x as fast"), rows)
+        found.append({"network": network, "batch": batch, "seconds": times})
     if len(times) == 1:
         print("PyTorch is not installed: pip install torch, to compare.")
-    write_json(args.json, {"what": args.what, "network": args.network, "batch": args.batch, "seconds": times})
+    write_json(args.json, {"what": "train", "cases": found})
     return 0
+
+
+def run_unet(args: argparse.Namespace) -> int:
+    """Print times, images per second and ratios of all engines, and where the time of ours goes."""
+    networks, batches = args.network or unet.NETWORKS, args.batch or unet.BATCHES
+    say(args, f"bench unet {' '.join(networks)}, batch {' '.join(map(str, batches))}, {setting()}")
+    found = unet.run(
+        networks, batches, args.repeats, engines=args.engines, seed=args.seed, progress=lambda text: say(args, text)
+    )
+    print_unet(found, args.repeats)
+    write_json(args.json, {"what": "unet", "repeats": args.repeats, **found})
+    return 0
+
+
+def print_unet(found: dict[str, Any], rounds: int) -> None:
+    """Print the result of `bench.unet.run`."""
+    print(f"One pass of a network with random weights, {found['threads']} threads: the fastest of {rounds} rounds.")
+    print("x float32, x int8: how many times as fast as the fastest peer of that kind; range over the rounds.")
+    print("apart: of float32 from refquant float32, of int8 from refquant's integers, of those from float32;")
+    print("the largest difference for float32, else root mean square, relative.")
+    for case in found["cases"]:
+        print()
+        print_case(case, found["peak_gops"], found["isa"])
+    print()
+    for name, what in found["contenders"].items():
+        if what is None:
+            print(f"{name}: not installed (pip install refquant[bench])")
+        elif what:
+            print(f"{name}: {what}")
+            for network, note in {case["network"]: case["notes"].get(name) for case in found["cases"]}.items():
+                if note:
+                    print(f"  {network}: {note}")
+    for case in found["cases"]:
+        for name, reason in case["unfit"].items():
+            print(f"{name}, {case['network']}, batch {case['batch']}: not timed, {reason}")
+
+
+def print_case(case: dict[str, Any], peak: float | None, isa: str) -> None:
+    """Print one network and batch: the engines, the fastest last, then our operations, the slowest first."""
+    work = 2 * case["multiplications"] * case["batch"]
+    if peak is not None:
+        least = 1000 * work / (1e9 * peak)
+        print(f"{work / 1e9:.2f} GOP in integers; {least:.2f} ms at the peak of {isa}, {peak:.0f} GOP/s")
+    kinds = list(case["ratios"])
+    rows = []
+    for name, seconds in sorted(case["fastest"].items(), key=lambda item: -item[1]):
+        cells = [f"{1000 * seconds:.2f}", f"{case['batch'] / seconds:.1f}"]
+        for kind in kinds:
+            r = case["ratios"][kind][name]
+            cells += [f"{r['ratio']:.2f}", f"{r['least']:.2f}-{r['most']:.2f}"]
+        rows.append((name, *cells, f"{case['differences'][name]:.1e}"))
+    header = [f"{case['network']}, batch {case['batch']}", "ms", "images/s"]
+    print_table((*header, *(cell for kind in kinds for cell in (f"x {kind}", "range")), "apart"), rows)
+    profiles = case["profiles"]
+    if not profiles:
+        return
+    print()
+    first = next(iter(profiles.values()))
+    table = []
+    for kind, what in (*first["kinds"].items(), ("all", {"operations": len(first["names"])})):
+        cells = []
+        for p in profiles.values():
+            seconds = p["seconds"] if kind == "all" else p["kinds"][kind]["seconds"]
+            cells += [f"{1000 * seconds:.2f}", f"{100 * seconds / p['seconds']:.0f} %"]
+        table.append((kind, str(what["operations"]), *cells))
+    print_table(("operation", "times", *(cell for name in profiles for cell in (f"{name} ms", "share"))), table)
 
 
 def run_reconstruct(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import LoweringError
 from ..kernels import Dequantize, pack_weights
 from ..nn.layers import Conv2d, GroupNorm
-from ..nn.unet import AttentionBlock, Level, ResBlock
+from ..nn.unet import AttentionBlock, Level, ResBlock, UNet
 from ..quant.affine import QParams
 from ..quant.quantized import QuantizedModel
 from ..quant.split import SplitConv
@@ -53,6 +53,10 @@ class _Lowering:
     """Walks through the network as its forward pass does, and writes down operations instead of computing."""
 
     def __init__(self, model: QuantizedModel) -> None:
+        if not isinstance(model.network, UNet):
+            raise LoweringError(
+                f"{model.base.name} has no integer form yet: it is a {type(model.network).__name__}, no UNet."
+            )
         self.model, self.network = model, model.network
         self.timesteps = model.timesteps()
         self.rows = self._temporal_rows()

@@ -31,6 +31,11 @@ def supported() -> tuple[str, ...]:
 def active() -> str:
     """Return the name of the kernel that the next call runs.
 
+    Returns
+    -------
+    str
+        One of `supported`.
+
     Raises
     ------
     UnsupportedISA

@@ -112,7 +112,7 @@ def silu_quantize(
     Parameters
     ----------
     x : float32 array, any shape
-    scale, zero_point, bits
+    scale, zero_point, bits : float or None, int, int
         As in `group_norm_silu_quantize`.
     out : array, shape of x, optional
         Filled and returned: C-contiguous, uint8 if there is a scale, else float32; not overlapping x.
@@ -154,7 +154,7 @@ def quantize(x: Floats, scale: float, zero_point: int = 0, *, bits: int = 8, out
     ----------
     x : float32 array, any shape
         Infinities saturate.
-    scale, zero_point, bits
+    scale, zero_point, bits : float or None, int, int
         As in `group_norm_silu_quantize`.
     out : uint8 array, shape of x, optional
         Filled and returned: C-contiguous, not overlapping x.

@@ -19,7 +19,20 @@ from .gemm import check_array, check_length, check_zero_points, gemm_blas
 def check_conv2d(
     x: NDArray[np.uint8], w: NDArray[np.int8], stride: int, padding: int, x_zero_point: int, w_zero_point: ArrayLike
 ) -> tuple[int, int]:
-    """Refuse what cannot be convolved exactly, and return the height and width of the result.
+    """Refuse what cannot be convolved exactly.
+
+    Parameters
+    ----------
+    x : ndarray of uint8, shape (N, H, W, C)
+    w : ndarray of int8, shape (O, kh, kw, C)
+    stride, padding : int
+    x_zero_point : int
+    w_zero_point : int or ndarray of int, shape (O,)
+
+    Returns
+    -------
+    tuple of int
+        Height and width of the result.
 
     Raises
     ------

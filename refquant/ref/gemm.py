@@ -34,6 +34,10 @@ def max_k(a_zero_point: int = 0, b_zero_point: ArrayLike = 0) -> int:
     b_zero_point : int or ndarray of shape (N,)
         -128 to 127.
 
+    Returns
+    -------
+    int
+
     Examples
     --------
     >>> max_k(), max_k(128), max_k(255, -128)

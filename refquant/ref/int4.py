@@ -18,6 +18,16 @@ from ..errors import RangeError, ShapeError
 def pack_int4(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pack codes (..., K) in 0..15 into (..., ceil(K / 2)) bytes.
 
+    Parameters
+    ----------
+    codes : ndarray of uint8, shape (..., K)
+        In 0..15.
+
+    Returns
+    -------
+    ndarray of uint8, shape (..., ceil(K / 2))
+        The first of two codes is in the low half of a byte.
+
     Examples
     --------
     >>> pack_int4(np.array([1, 2, 15], np.uint8)).tolist()
@@ -35,6 +45,17 @@ def pack_int4(codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def unpack_int4(packed: NDArray[np.uint8], length: int) -> NDArray[np.uint8]:
     """Unpack bytes (..., ceil(length / 2)) into codes (..., length) in 0..15.
+
+    Parameters
+    ----------
+    packed : ndarray of uint8, shape (..., ceil(length / 2))
+    length : int
+        K of the codes.
+
+    Returns
+    -------
+    ndarray of uint8, shape (..., length)
+        In 0..15.
 
     Examples
     --------

@@ -1,0 +1,81 @@
+"""refquant tutorials: list them, open a rendered page, hand out a script or a notebook."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+from ..errors import RefquantError
+from ..io import write_atomically
+from ..tutorials import Tutorial, find, notebook, tutorials
+from .common import add_verb
+
+
+def add(verbs: Any) -> None:
+    """Describe the verb."""
+    p = add_verb(
+        verbs, "tutorials", "List the tutorials; open one, or copy it to work on.",
+        "refquant tutorials 01 --copy . --notebook", seed=False,
+    )  # fmt: skip
+    p.add_argument("name", nargs="?", metavar="NAME", help="number or name of one of them")
+    p.add_argument("--open", action="store_true", help="open its page, with outputs and figures, in a viewer")
+    p.add_argument("--copy", type=Path, metavar="DIR", help="copy its script there")
+    p.add_argument("--notebook", action="store_true", help="with --copy: as a Jupyter notebook")
+    p.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list, or what one of them is and where; then open or copy it."""
+    if args.name is None:
+        if args.open or args.copy or args.notebook:
+            raise RefquantError("say which tutorial: `refquant tutorials` lists them, as in `refquant tutorials 00`.")
+        for tutorial in tutorials():
+            print(f"{tutorial.number}  {tutorial.title} ({tutorial.seconds} s)\n    {tutorial.summary}")
+        print("\nRead one: refquant tutorials 00 --open. Work on one: refquant tutorials 00 --copy . [--notebook]")
+        return 0
+    if args.notebook and args.copy is None:
+        raise RefquantError("--notebook needs a folder to write to: add --copy DIR.")
+    tutorial = find(args.name)
+    made = None if args.copy is None else copy(tutorial, args.copy, as_notebook=args.notebook)
+    if args.open and not (tutorial.page.is_file() and webbrowser.open(tutorial.page.as_uri())):
+        raise RefquantError(f"no viewer could be started. Open this file by hand: {tutorial.page}.")
+    print(f"{tutorial.number} {tutorial.title}: {tutorial.summary}")
+    for what, path in (("script", tutorial.path), ("page", tutorial.page), ("copy", made)):
+        if path is not None and path.is_file():
+            print(f"{what + ':':<8}{path}")
+    return 0
+
+
+def copy(tutorial: Tutorial, place: Path, *, as_notebook: bool) -> Path:
+    """Write the script, or a notebook made of it, into a folder; an existing file is never overwritten.
+
+    Parameters
+    ----------
+    tutorial : Tutorial
+    place : Path
+        An existing folder.
+    as_notebook : bool
+
+    Returns
+    -------
+    Path
+        Of the new file.
+
+    Raises
+    ------
+    RefquantError
+        The folder does not exist, or holds such a file already.
+    """
+    if not place.is_dir():
+        raise RefquantError(f"{place}: there is no such folder. Make it first, or choose another --copy.")
+    target = place / (tutorial.path.stem + (".ipynb" if as_notebook else ".py"))
+    if target.exists():
+        raise RefquantError(f"{target} exists, maybe with your work in it. Move it away, or choose another folder.")
+    text = tutorial.path.read_text(encoding="utf-8")
+    if as_notebook:
+        text = json.dumps(notebook(text), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(target, [text.encode()])
+    return target
