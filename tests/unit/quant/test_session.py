@@ -102,13 +102,13 @@ METHODS["tfmq"](tiny_session(tiny_model(), weight_bits=4, state=Path(sys.argv[2]
 
 @posix
 def test_kill_minus_nine_in_the_middle_of_a_save(calibration, tmp_path):
-    """The state holds the two parts before, whole; resumed by another process, the file has the same bytes."""
+    """The state holds the three parts before, whole; resumed by another process, the file has the same bytes."""
     folder, state = os.path.dirname(sys.modules["toys"].__file__), tmp_path / "state"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "REFQUANT_NUM_THREADS": "2"}
-    child = subprocess.run([sys.executable, "-c", CHILD, folder, str(state), "3"], env=environment, timeout=300)
+    child = subprocess.run([sys.executable, "-c", CHILD, folder, str(state), "4"], env=environment, timeout=300)
     assert child.returncode == -signal.SIGKILL
     parts = {name.split("/")[0] for name in io.load(state, kind="quantize-state").tensors}
-    assert parts == {"tiar", "unit conv_in"}
+    assert parts == {"tiar", "importance", "unit conv_in"}
     assert made("tfmq", tmp_path / "a", calibration, state=state) == made("tfmq", tmp_path / "b", calibration)
 
 
@@ -128,7 +128,7 @@ def state(calibration, tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [{"weight_bits": 3}, {"input_bits": 6}, {"coverage": "layers"}, {"states": 5}, {"effort": {"iterations": 4}},
-     {"effort": {"seed": 1}}],
+     {"effort": {"seed": 1}}, {"sampling": "uniform"}],
     ids=lambda o: next(iter(o)),
 )  # fmt: skip
 def test_another_recipe_is_refused(calibration, state, options):
