@@ -82,6 +82,11 @@ def cases():
         for _ in range(2):
             image = (2, rng.integers(3, 9), rng.integers(3, 9), rng.choice(CHANNELS))
             yield case(image, rng.choice(OUTPUTS), window, bits, stride, padding, shifted)
+    # around blocks of 768 k, with the end of a segment inside of one, or of a window that hangs over the border
+    for k, bits in itertools.product((767, 768, 769, 776, 1537), (8, 4)):
+        yield case((1, rng.integers(1, 8), 1, k), rng.choice(OUTPUTS), (1, 1), bits, 1, 0, 0)
+    for channels, bits in itertools.product((96, 264), (8, 4)):
+        yield case((1, 4, 4, channels), rng.choice(OUTPUTS), (3, 3), bits, 1, 1, rng.integers(2))
     for a, b, zx, bits in ((255, -128, 0, 8), (255, 127, 0, 8), (0, -128, 128, 8), (255, -8, 0, 4), (255, 7, 0, 4)):
         k = ref.max_k(zx)
         yield encode(np.full((1, 3, 1, k), a, np.uint8), np.full((9, 1, 1, k), b, np.int8), bits, zx=zx)

@@ -48,6 +48,10 @@ MUTANTS = {
     "avx2: the mask of the last outputs is ignored": (
         "avx2", "gemm_avx2.c", "_mm256_set1_epi32(t->columns - first)", "_mm256_set1_epi32(8)",
     ),
+    "avx2: sums are lost between blocks": (
+        "avx2", "gemm_avx2.c", "first_block = 0;", ";",
+    ),
+    "avx2: a block goes on over a gap": ("avx2", "gemm_avx2.c", "if (t->gap)\n                break;", ""),
     "avx2: a logical shift": ("avx2", "gemm_avx2.c", "_mm256_srai_epi32(sum, 4)", "_mm256_srli_epi32(sum, 4)"),
     "avx512vnni: vpdpbusds": ("avx512vnni", "gemm_avx512vnni.c", "_mm512_dpbusd_epi32(", "_mm512_dpbusds_epi32("),
     "avx512vnni: the mask of the last panel is ignored": (
