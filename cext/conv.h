@@ -55,6 +55,9 @@ struct bench {
 /* Make the pixels of lines first .. first + lines - 1 of image n ready. */
 void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first, int64_t lines);
 
+/* Sum of `count` bytes. */
+int32_t rq_sum_bytes(const uint8_t *x, int64_t count);
+
 static inline int64_t rq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t rq_min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t rq_max(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -13,6 +13,7 @@
  *     slab.c             the pixels of a unit of work, and which part of the window each of them needs
  *     conv.c             convolution and matrix product: cut into units, units into tiles
  *     output.c           what becomes of a sum: int32, float32, or uint8 by fixed point
+ *     products.c         activations times activations: attention, for all images and heads in one call
  *     islands.c ...      what is computed in real numbers between two integer layers
  *     threads.c          the thread team
  *     cpu.c, dispatch.c  what this processor can execute; one table of kernels
@@ -29,7 +30,7 @@
 
 /* Raised whenever a declaration below changes its meaning, so that Python refuses a compiled
  * module that is older than its sources. */
-#define RQ_ABI_VERSION 4
+#define RQ_ABI_VERSION 5
 int rq_abi_version(void);
 
 /* With which compiler and flags this module was built: the first question of a bug report. */
@@ -123,6 +124,25 @@ struct rq_output {
 #define RQ_ALONE_BELOW 1000000  /* multiplications, some 5 microseconds: less than a team gains */
 int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_weights *w,
               int64_t stride, int64_t padding, const struct rq_output *y);
+
+/* Many products of codes with codes (products.c): y[i,h] = scale * (a[i,h] - za) (b[i,h] - zb), rounded to float32 once
+ * before and once after it is scaled. a (images, heads, m, k), b (images, heads, k, n), or (.., n, k) if b_transposed;
+ * the codes of a row lie together, a stride is the distance in elements. region_bits: 0, or 2 to 8: codes of a are then
+ * a flag and a magnitude, in steps of 2^region_shift where the flag is set, and za is 0. y overlaps no operand. */
+struct rq_matrices {
+    const uint8_t *data;
+    int64_t image_stride, head_stride, row_stride;
+    int32_t zero_point;
+};
+struct rq_products {
+    int64_t images, heads, m, n, k;
+    struct rq_matrices a, b;
+    int b_transposed, region_bits, region_shift;
+    float scale;
+    float *y;
+    int64_t y_image_stride, y_head_stride, y_row_stride;
+};
+int rq_products(int row, int threads, const struct rq_products *p);
 
 /* The float islands between two integer layers (islands.c). kind is RQ_FLOAT32, or RQ_UINT8: codes
  * limit(round(y / scale) + zero_point, 0, qmax), ties to even. Error bounds: refquant/ref/islands.py.

@@ -36,7 +36,7 @@ enum { LEAST_ROWS = 4 };
 
 /* Sum of `count` bytes: 8 at a time, as four sums of 16 bits in one word. A lane grows by at most
  * 510 a word and holds 65535, hence 128 words at a time. */
-static int32_t sum_bytes(const uint8_t *x, int64_t count)
+int32_t rq_sum_bytes(const uint8_t *x, int64_t count)
 {
     const uint64_t even = 0x00ff00ff00ff00ffu;
     int64_t i = 0;
@@ -86,7 +86,7 @@ static void sum_windows(const struct job *j, struct bench *b, const uint8_t *sta
     const int64_t width = j->slab_width, c = j->x->c;
     for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++)
         for (int64_t k = 0; k < width; k++)
-            b->pixel_sums[i * width + k] = sum_bytes(start + i * b->line_bytes + k * c, c);
+            b->pixel_sums[i * width + k] = rq_sum_bytes(start + i * b->line_bytes + k * c, c);
     const struct part *last = &b->parts[b->part_count - 1];
     for (int64_t r = 0; r < last->first + last->rows; r++) {
         const int64_t line = b->at[r] / j->wo - first, column = b->at[r] % j->wo;

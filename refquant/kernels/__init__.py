@@ -29,6 +29,7 @@ from ._islands import (
     upsample_nearest,
 )
 from ._peak import peak_gops
+from ._products import products
 from ._verify import Verification, verify
 from ._weights import PackedWeights, pack_weights
 
@@ -45,6 +46,7 @@ __all__ = [
     "group_norm_silu_quantize",
     "pack_weights",
     "peak_gops",
+    "products",
     "quantize",
     "residual_add",
     "silu_quantize",
