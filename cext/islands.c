@@ -2,8 +2,9 @@
  *
  *     group norm     a unit is an image: two passes over it for mean and variance, and one that writes
  *     softmax        a line of scores
- *     quantize, SiLU, sums of two        a chunk of elements
+ *     quantize, SiLU a chunk of elements
  *     enlarging      a line of pixels
+ *     side by side   a chunk of pixels
  *
  * What a unit does is in islands_units.c, the arithmetic in islands_body.h. A unit is computed in one
  * order whoever does it: the number of threads changes no bit.
@@ -150,20 +151,6 @@ int rq_softmax(int row, int threads, const void *scores, int ints, double factor
     return run(&j, threads, lines * length, COSTLY_BELOW);
 }
 
-int rq_add(int row, int threads, const float *a, const float *b, int64_t count, float *y)
-{
-    struct rq_island j = {.isa = islands_of(row), .unit = rq_add_chunk, .count = count, .x = a, .other = b,
-                       .y = (uint8_t *)y};
-    if (!j.isa)
-        return RQ_ERR_KERNEL;
-    if (count < 0 || count > MOST_ELEMENTS)
-        return RQ_ERR_SIZE;
-    if (count > 0 && (!a || !b || !y))
-        return RQ_ERR_NULL;
-    j.units = (count + RQ_CHUNK - 1) / RQ_CHUNK;
-    return run(&j, threads, count, CHEAP_BELOW);
-}
-
 int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width, int64_t pixel_bytes, void *y)
 {
     struct rq_island j = {.unit = rq_double_line, .units = lines, .x = x, .y = y, .c = pixel_bytes, .width = width};
@@ -174,4 +161,18 @@ int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width
     if (!x || !y)
         return RQ_ERR_NULL;
     return run(&j, threads, lines * width * pixel_bytes, CHEAP_BELOW);
+}
+
+int rq_concat(int threads, const float *a, const float *b, int64_t pixels, int64_t ca, int64_t cb, float *y)
+{
+    struct rq_island j = {.unit = rq_concat_chunk, .count = pixels, .x = a, .other = b, .y = (uint8_t *)y, .c = ca,
+                       .width = cb};
+    if (!is_volume(pixels, ca, 1) || !is_volume(pixels, cb, 1))
+        return RQ_ERR_SIZE;
+    if (pixels == 0 || ca + cb == 0)
+        return RQ_OK;
+    if ((ca > 0 && !a) || (cb > 0 && !b) || !y)
+        return RQ_ERR_NULL;
+    j.units = (pixels + RQ_PIXELS - 1) / RQ_PIXELS;
+    return run(&j, threads, pixels * (ca + cb), CHEAP_BELOW);
 }

@@ -13,7 +13,8 @@
 
 enum {
     RQ_BLOCK = 16, /* elements that are taken at once whatever the register: a line of 64 bytes of float32 */
-    RQ_CHUNK = 8192  /* elements of a unit where any cut will do: 32 KiB of float32 */
+    RQ_CHUNK = 8192, /* elements of a unit where any cut will do: 32 KiB of float32 */
+    RQ_PIXELS = 64   /* pixels of a unit of a concatenation */
 };
 
 /* y = f(z), z = (x - shift[p]) * slope[p] + offset[p] for element i of x, p = i mod period; or z = x. */
@@ -40,7 +41,6 @@ struct rq_islands {
     /* softmax of scale * scores (float32, or int32 if `ints`); room: `count` doubles, rounded up to a block */
     int (*softmax)(const void *scores, int ints, int64_t count, double scale, const struct rq_pointwise *f,
                    double *room, void *out);
-    void (*add)(const float *a, const float *b, int64_t count, float *out);
 };
 
 extern const struct rq_islands rq_islands_scalar, rq_islands_avx2, rq_islands_avx512;
@@ -65,7 +65,7 @@ struct rq_island {
 void rq_normalise_image(struct rq_island *j, int64_t n);
 void rq_share_line(struct rq_island *j, int64_t line);
 void rq_make_codes(struct rq_island *j, int64_t chunk);
-void rq_add_chunk(struct rq_island *j, int64_t chunk);
+void rq_concat_chunk(struct rq_island *j, int64_t chunk);
 void rq_double_line(struct rq_island *j, int64_t line);
 void rq_island_failed(struct rq_island *j, int status);
 

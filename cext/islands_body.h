@@ -288,12 +288,3 @@ static int quantize(const float *x, int64_t count, const struct rq_pointwise *gi
         all_lanes += lanes[v];
     return is_nan(all_lanes);
 }
-
-static void add(const float *a, const float *b, int64_t count, float *out)
-{
-    int64_t i = 0;
-    for (; i + FLOATS <= count; i += FLOATS)
-        store_narrow(out + i, load_narrow(a + i) + load_narrow(b + i));
-    for (; i < count; i++)
-        out[i] = a[i] + b[i];
-}

@@ -65,4 +65,4 @@ RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
 
 #include "islands_body.h"
 
-const struct rq_islands rq_islands_scalar = {sums, squares, pointwise, quantize, softmax, add};
+const struct rq_islands rq_islands_scalar = {sums, squares, pointwise, quantize, softmax};

@@ -144,13 +144,6 @@ void rq_make_codes(struct rq_island *j, int64_t chunk)
         rq_island_failed(j, RQ_ERR_RANGE);
 }
 
-void rq_add_chunk(struct rq_island *j, int64_t chunk)
-{
-    const int64_t first = chunk * RQ_CHUNK, rest = j->count - first;
-    j->isa->add((const float *)j->x + first, (const float *)j->other + first, rest < RQ_CHUNK ? rest : RQ_CHUNK,
-                (float *)j->y + first);
-}
-
 /* A pixel, in steps of 16 bytes: a call of memcpy for so little costs more than the copy. */
 static void copy_pixel(uint8_t *to, const uint8_t *from, int64_t bytes)
 {
@@ -171,4 +164,15 @@ void rq_double_line(struct rq_island *j, int64_t line)
         copy_pixel(y + (2 * i + 1) * bytes, x + i * bytes, bytes);
     }
     memcpy(y + out, y, (size_t)out);
+}
+
+void rq_concat_chunk(struct rq_island *j, int64_t chunk)
+{
+    const int64_t first = chunk * RQ_PIXELS, rest = j->count - first, ca = j->c, cb = j->width;
+    const float *a = (const float *)j->x + first * ca, *b = (const float *)j->other + first * cb;
+    float *y = (float *)j->y + first * (ca + cb);
+    for (int64_t i = 0; i < (rest < RQ_PIXELS ? rest : RQ_PIXELS); i++, a += ca, b += cb, y += ca + cb) {
+        memcpy(y, a, (size_t)ca * sizeof *y);
+        memcpy(y + ca, b, (size_t)cb * sizeof *y);
+    }
 }

@@ -146,8 +146,7 @@ int rq_products(int row, int threads, const struct rq_products *p);
 
 /* The float islands between two integer layers (islands.c). kind is RQ_FLOAT32, or RQ_UINT8: codes
  * limit(round(y / scale) + zero_point, 0, qmax), ties to even. Error bounds: refquant/ref/islands.py.
- * RQ_ERR_RANGE: also where a number is no number; y then has no meaning. y overlaps no operand, but for
- * rq_add, where it may be an operand. */
+ * RQ_ERR_RANGE: also where a number is no number; y then has no meaning. y overlaps no operand. */
 int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixels, int64_t c, int64_t groups,
                   const float *gamma, const float *beta, double eps, int silu, int kind, float scale,
                   int32_t zero_point, int32_t qmax, void *y);
@@ -155,8 +154,9 @@ int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, i
                 int32_t zero_point, int32_t qmax, void *y);
 int rq_softmax(int row, int threads, const void *scores, int ints, double factor, int64_t lines, int64_t length,
                int kind, float scale, int32_t qmax, void *y);
-int rq_add(int row, int threads, const float *a, const float *b, int64_t count, float *y);
 int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width, int64_t pixel_bytes, void *y);
+/* y[p] = a[p], b[p]: `pixels` pixels of ca and cb channels side by side. */
+int rq_concat(int threads, const float *a, const float *b, int64_t pixels, int64_t ca, int64_t cb, float *y);
 
 /* cffi: end */
 

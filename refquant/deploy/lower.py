@@ -17,6 +17,8 @@ input, a zero point that is no code, a sum that could overflow int32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,7 +32,20 @@ from ..quant.split import SplitConv
 from ..quant.temporal import features
 from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
 from ..ref import max_k
-from .program import Concat, Convolve, Encode, Mix, Norm, Operation, Probabilities, Program, Scores, Upsample, Value
+from .program import (
+    Concat,
+    Convolve,
+    Encode,
+    Mix,
+    Norm,
+    Operation,
+    Pad,
+    Probabilities,
+    Program,
+    Scores,
+    Upsample,
+    Value,
+)
 
 
 def lower(model: QuantizedModel) -> Program:
@@ -63,6 +78,7 @@ class _Lowering:
         self.names = {id(module): name for name, module in self.network.named_modules()}
         self.values: list[Value] = []
         self.operations: list[Operation] = []
+        self.encoded: dict[tuple[Any, ...], int] = {}
 
     def program(self) -> Program:
         net, cfg = self.network, self.network.cfg
@@ -165,29 +181,42 @@ class _Lowering:
             )
             for s in range(steps)
         )
+        zero_points = tuple(int(q.zero_point) for q in quantizers)
+        padding = conv.pads[0]
+        if len(set(conv.pads)) > 1:
+            codes, padding = self._pad(codes, conv.pads, zero_points), 0
         h, w, _ = self.values[codes].shape
-        top, bottom, left, right = conv.pads
         kernel = layer.codes.shape[1]
-        size = ((h + top + bottom - kernel) // conv.stride + 1, (w + left + right - kernel) // conv.stride + 1)
+        size = ((n + 2 * padding - kernel) // conv.stride + 1 for n in (h, w))
         out = self._value(layer.name, (*size, len(layer.codes)))
         self.operations.append(
             Convolve(
                 codes, out, layer.name,
                 pack_weights(layer.codes.astype(np.int8), bits=4 if w_q.spec.bits <= 4 else 8,
                              zero_point=w_q.zero_point),
-                tuple(int(q.zero_point) for q in quantizers), outputs, conv.stride, conv.pads, residual,
+                zero_points, outputs, conv.stride, padding, residual,
             )
         )  # fmt: skip
+        return out
+
+    def _pad(self, x: int, pads: tuple[int, int, int, int], zero_points: tuple[int, ...]) -> int:
+        (h, w, c), (top, bottom, left, right) = self.values[x].shape, pads
+        out = self._value(f"{self.values[x].name}.padded", (h + top + bottom, w + left + right, c), codes=True)
+        self.operations.append(Pad(x, out, pads, zero_points))
         return out
 
     def _encode(
         self, quantizer: ActivationQuantizer, x: int, norm: GroupNorm | None = None, silu: bool = False,
         shape: tuple[int, ...] | None = None,
     ) -> int:  # fmt: skip
-        out = self._value(quantizer.name, shape or self.values[x].shape, codes=True)
-        fused = None if norm is None else Norm(norm.weight.data, norm.bias.data, norm.groups, norm.eps)
-        self.operations.append(Encode(x, out, self._params(quantizer), fused, silu))
-        return out
+        """Codes of x; where the same ones are there already, those: q, k and v mostly find one range of their input."""
+        shape, found = shape or self.values[x].shape, self._params(quantizer)
+        key = (x, shape, id(norm), silu, tuple((float(q.scale), int(q.zero_point), q.spec.bits) for q in found))
+        if key not in self.encoded:
+            self.encoded[key] = self._value(quantizer.name, shape, codes=True)
+            fused = None if norm is None else Norm(norm.weight.data, norm.bias.data, norm.groups, norm.eps)
+            self.operations.append(Encode(x, self.encoded[key], found, fused, silu))
+        return self.encoded[key]
 
     def _params(self, quantizer: ActivationQuantizer) -> tuple[QParams, ...]:
         if quantizer.qparams is None:

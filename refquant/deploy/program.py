@@ -73,6 +73,16 @@ class Encode:
 
 
 @dataclass(frozen=True, eq=False)
+class Pad:
+    """out = x in a frame of codes that mean 0: `pads` (top, bottom, left, right), where they are not all the same."""
+
+    x: int
+    out: int
+    pads: tuple[int, int, int, int]
+    zero_points: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Convolve:
     """out = sums * scale + bias + residual, with the numbers of the step."""
 
@@ -83,7 +93,7 @@ class Convolve:
     zero_points: tuple[int, ...]
     outputs: tuple[Dequantize, ...]
     stride: int
-    pads: tuple[int, int, int, int]
+    padding: int
     residual: int | None = None
 
 
@@ -135,7 +145,7 @@ class Concat:
     out: int
 
 
-Operation = Encode | Convolve | Scores | Probabilities | Mix | Upsample | Concat
+Operation = Encode | Pad | Convolve | Scores | Probabilities | Mix | Upsample | Concat
 INTEGER = (Convolve, Scores, Mix)
 _READS = ("x", "y", "q", "k", "p", "v", "residual")
 

@@ -5,12 +5,19 @@ Two engines give the same bits:
     ref   the normative NumPy sentences (`refquant.ref`)
     c     the C core, with whichever kernel is active (`refquant.kernels`)
 
+The first time that a step is run, each operation goes through the checks of `refquant.kernels`, and its calls of the C
+core are recorded (`refquant.kernels.recording`); from then on the step is that list of calls, half a microsecond each
+beside 5 to 10. What was recorded belongs to a thread, a batch size, a kernel and a number of threads: callers in
+several Python threads have memory of their own.
+
 `Executor` is a noise predictor, so every sampler takes it. With `trace` it hands every value to a callable, by name;
 integer sums are not kept apart from what follows them, so what a trace compares are codes and floats.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -21,13 +28,15 @@ from numpy.typing import NDArray
 from .. import kernels
 from ..diffusion.sampling import Images
 from ..errors import ShapeError, UnknownNameError
-from ..kernels import Dequantize
+from ..kernels import Call
 from ..quant.quantized import QuantizedModel
+from ..threads import get_threads
 from .lower import lower
 from .plan import plan
-from .program import Concat, Convolve, Encode, Mix, Operation, Probabilities, Program, Scores, Upsample, at
+from .program import Concat, Convolve, Encode, Mix, Operation, Pad, Probabilities, Program, Scores, Upsample, at
 
 ENGINES = ("ref", "c")
+BATCH_SIZES = 2  # of a thread whose memory is kept: those of a sampler's full batches and of its last one
 Trace = Callable[[str, NDArray[Any]], None]
 
 
@@ -44,57 +53,104 @@ class Executor:
         if engine not in ENGINES:
             raise UnknownNameError(f"no engine is called {engine!r}. Known: {', '.join(ENGINES)}.")
         self.program, self.engine = program, engine
-        self._arrays: dict[int, list[NDArray[Any]]] = {}
+        self._own = threading.local()
 
     def __call__(self, x: NDArray[np.float32], step: int, trace: Trace | None = None) -> NDArray[np.float32]:
-        """Run one step on x (N, H, W, C) float32; the result is overwritten by the next call with as many images."""
+        """Run one step on x (N, H, W, C) float32; the result is overwritten by this thread's next call."""
         want = self.program.values[0].shape
         if x.ndim != 4 or x.shape[1:] != want or x.dtype != np.float32 or len(x) == 0:
             raise ShapeError(f"the program wants float32 (N, {', '.join(map(str, want))}), got {x.dtype} {x.shape}.")
-        arrays = self._buffers(len(x))
-        arrays[0][...] = x
         with kernels.using("ref") if self.engine == "ref" else nullcontext():
+            room = self._room(len(x))
+            room.arrays[0][...] = x
+            if trace is None and step in room.steps:
+                kernels.repeat(room.steps[step])
+            else:
+                room.steps[step] = self._record(room.arrays, step, trace)
+        return room.arrays[self.program.operations[-1].out]
+
+    def _room(self, images: int) -> _Room:
+        """Memory of this thread for so many images on the active kernel; the one used longest ago makes place."""
+        rooms = self._own.__dict__.setdefault("rooms", OrderedDict())
+        key = (images, kernels.active(), get_threads())
+        if key not in rooms:
+            while len(rooms) >= BATCH_SIZES:
+                rooms.popitem(last=False)
+            rooms[key] = _Room(self.program, images)
+        rooms.move_to_end(key)
+        return rooms[key]
+
+    def _record(self, arrays: list[NDArray[Any]], step: int, trace: Trace | None) -> list[Call]:
+        """Run a step through all checks, and keep its calls."""
+        with kernels.recording() as calls:
             for operation in self.program.operations:
                 self._run(operation, arrays, step)
                 if trace is not None:
                     trace(self.program.values[operation.out].name, arrays[operation.out])
-        return arrays[self.program.operations[-1].out]
-
-    def _buffers(self, images: int) -> list[NDArray[Any]]:
-        """Views into one block of memory, in which values that are never alive together share their place."""
-        if images not in self._arrays:
-            offsets, size = plan(self.program, images)
-            block = np.zeros(size, np.uint8)
-            self._arrays[images] = [
-                block[start : start + images * value.bytes]
-                .view(np.uint8 if value.codes else np.float32)
-                .reshape(images, *value.shape)
-                for start, value in zip(offsets, self.program.values, strict=True)
-            ]
-        return self._arrays[images]
+        return calls
 
     def _run(self, op: Operation, arrays: list[NDArray[Any]], step: int) -> None:
         out = arrays[op.out]
         if isinstance(op, Encode):
             _encode(op, arrays[op.x].reshape(out.shape), step, out)
+        elif isinstance(op, Pad):
+            _pad(arrays[op.x], op.pads, at(op.zero_points, step), out)
         elif isinstance(op, Convolve):
             _convolve(op, arrays[op.x], None if op.residual is None else arrays[op.residual], step, out)
         elif isinstance(op, Scores):
             q, k = at(op.q_params, step), at(op.k_params, step)
             scale = q.scale * k.scale * np.float32(1 / np.sqrt(arrays[op.q].shape[-1]))
-            _products(arrays[op.q], arrays[op.k], int(q.zero_point), int(k.zero_point), scale, out)
+            kernels.products(
+                arrays[op.q], arrays[op.k], transpose_b=True, a_zero_point=int(q.zero_point),
+                b_zero_point=int(k.zero_point), scale=scale, out=out,
+            )  # fmt: skip
         elif isinstance(op, Probabilities):
             q = at(op.quantizers, step)
             kernels.softmax_quantize(arrays[op.x], scale=float(q.scale), bits=q.spec.bits, out=out)
         elif isinstance(op, Mix):
             p, v = at(op.p_params, step), at(op.v_params, step)
-            flat, transposed = out.reshape(len(out), -1, out.shape[-1]), arrays[op.v].transpose(0, 2, 1)
-            _products(arrays[op.p], transposed, int(p.zero_point), int(v.zero_point), p.scale * v.scale, flat)
+            kernels.products(
+                arrays[op.p], arrays[op.v], a_zero_point=int(p.zero_point), b_zero_point=int(v.zero_point),
+                scale=p.scale * v.scale, out=out.reshape(len(out), -1, out.shape[-1]),
+            )  # fmt: skip
         elif isinstance(op, Upsample):
             kernels.upsample_nearest(arrays[op.x], out=out)
         elif isinstance(op, Concat):
-            cut = arrays[op.x].shape[-1]
-            out[..., :cut], out[..., cut:] = arrays[op.x], arrays[op.y]
+            kernels.concat_channels(arrays[op.x], arrays[op.y], out=out)
+
+
+class _Room:
+    """One block of memory for a batch, in which values that are never alive together share their place.
+
+    Attributes
+    ----------
+    arrays : list of array
+        The values of the program, views into the block.
+    steps : dict of int to list of Call
+        The recorded steps.
+    """
+
+    def __init__(self, program: Program, images: int) -> None:
+        offsets, size = plan(program, images)
+        block = np.zeros(size, np.uint8)
+        self.arrays = [
+            block[start : start + images * value.bytes]
+            .view(np.uint8 if value.codes else np.float32)
+            .reshape(images, *value.shape)
+            for start, value in zip(offsets, program.values, strict=True)
+        ]
+        self.steps: dict[int, list[Call]] = {}
+
+
+def _pad(x: NDArray[np.uint8], pads: tuple[int, int, int, int], zero: int, out: NDArray[np.uint8]) -> None:
+    """Put x into a frame of codes that mean 0."""
+    (_, h, w, _), (top, _, left, _) = x.shape, pads
+
+    def frame() -> None:
+        out[...] = zero
+        out[:, top : top + h, left : left + w] = x
+
+    kernels.fill("pad", frame)
 
 
 def _encode(op: Encode, x: NDArray[np.float32], step: int, out: NDArray[np.uint8]) -> None:
@@ -113,24 +169,10 @@ def _encode(op: Encode, x: NDArray[np.float32], step: int, out: NDArray[np.uint8
 def _convolve(
     op: Convolve, x: NDArray[np.uint8], residual: NDArray[np.float32] | None, step: int, out: NDArray[np.float32]
 ) -> None:
-    zero, padding = at(op.zero_points, step), op.pads[0]
-    if len(set(op.pads)) > 1:  # one-sided: pixels that mean 0 are put there by hand
-        x = np.pad(x, ((0, 0), op.pads[:2], op.pads[2:], (0, 0)), constant_values=zero)
-        padding = 0
     kernels.conv2d(
-        x, op.weights, stride=op.stride, padding=padding, x_zero_point=zero, output=at(op.outputs, step),
-        residual=residual, out=out,
+        x, op.weights, stride=op.stride, padding=op.padding, x_zero_point=at(op.zero_points, step),
+        output=at(op.outputs, step), residual=residual, out=out,
     )  # fmt: skip
-
-
-def _products(
-    a: NDArray[np.uint8], b: NDArray[np.uint8], a_zero: int, b_zero: int, scale: np.float32, out: NDArray[np.float32]
-) -> None:
-    """out[n] = scale a[n] b[n]ᵀ for every image; b's codes move by 128, for the kernels multiply by signed ones."""
-    signed = np.ascontiguousarray(b ^ 0x80).view(np.int8)
-    output = Dequantize(np.full(out.shape[-1], scale, np.float32))
-    for n in range(len(a)):
-        kernels.gemm(a[n], signed[n], a_zero_point=a_zero, b_zero_point=b_zero - 128, output=output, out=out[n])
 
 
 class IntegerDenoiser:

@@ -18,12 +18,13 @@ name that cannot be obeyed is an error, never another kernel in silence.
 """
 
 from ..ref.output import Dequantize, Requantize
+from ._call import Call, fill, recording, repeat
 from ._conv import conv2d, gemm
 from ._dispatch import active, available, build_info, supported, use, using
 from ._islands import (
+    concat_channels,
     group_norm_silu_quantize,
     quantize,
-    residual_add,
     silu_quantize,
     softmax_quantize,
     upsample_nearest,
@@ -34,6 +35,7 @@ from ._verify import Verification, verify
 from ._weights import PackedWeights, pack_weights
 
 __all__ = [
+    "Call",
     "Dequantize",
     "PackedWeights",
     "Requantize",
@@ -41,14 +43,17 @@ __all__ = [
     "active",
     "available",
     "build_info",
+    "concat_channels",
     "conv2d",
+    "fill",
     "gemm",
     "group_norm_silu_quantize",
     "pack_weights",
     "peak_gops",
     "products",
     "quantize",
-    "residual_add",
+    "recording",
+    "repeat",
     "silu_quantize",
     "softmax_quantize",
     "supported",

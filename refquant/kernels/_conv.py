@@ -19,6 +19,7 @@ from .. import ref
 from ..errors import RangeError, ShapeError
 from ..ref.output import INT32_MAX, Dequantize, Requantize
 from ..threads import get_threads
+from ._call import call, fill, is_recording
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 from ._weights import PackedWeights, as_packed
@@ -242,10 +243,15 @@ def _run(
         return out
     isa = active()
     if isa == "ref":
-        acc = ref.conv2d(
-            x, w.unpack(), stride=plan.stride, padding=plan.padding, x_zero_point=plan.zx, w_zero_point=w.zero_point
-        ).reshape(plan.shape)
-        out[...] = acc if plan.output is None else plan.output.apply(acc, residual)
+
+        def compute() -> None:
+            acc = ref.conv2d(
+                x, w.unpack(), stride=plan.stride, padding=plan.padding, x_zero_point=plan.zx,
+                w_zero_point=w.zero_point,
+            ).reshape(plan.shape)  # fmt: skip
+            out[...] = acc if plan.output is None else plan.output.apply(acc, residual)
+
+        fill(plan.name, compute)
         return out
     source, result = ffi.new(_INPUT, plan.input[0]), ffi.new(_OUTPUT, plan.result[0])
     if not x.flags.c_contiguous:
@@ -256,18 +262,24 @@ def _run(
         pixels, (image, line, *_) = ffi.cast("uint8_t *", x.ctypes.data), x.strides
         source.line_stride = line
         source.image_stride = image if len(x) > 1 else x.shape[1] * line  # of one image, NumPy may say anything
-    filled = ffi.from_buffer(out)
+    filled, added = ffi.from_buffer(out), None
     source.data, result.data = pixels, filled
     if residual is not None:
-        residual = np.ascontiguousarray(residual)
-        added = ffi.from_buffer(_FLOATS, residual)
+        _in_place(residual, residual.flags.c_contiguous)
+        added = ffi.from_buffer(_FLOATS, np.ascontiguousarray(residual))
         result.residual, result.residual_ld = added, plan.shape[-1]
     threads = get_threads() if plan.multiplications >= lib.RQ_ALONE_BELOW else 1
-    status = lib.rq_conv2d(ROWS[isa], threads, source, w.c, plan.stride, plan.padding, result)
-    if status == lib.RQ_ERR_MEMORY:
-        raise MemoryError(f"{plan.name}: no memory for the scratch space of x {x.shape}, w {w.shape}.")
-    assert status == lib.RQ_OK, f"rq_conv2d returned {status} for checked arguments"
+    call(
+        plan.name, lib.rq_conv2d, ROWS[isa], threads, source, w.c, plan.stride, plan.padding, result,
+        kept=(x, pixels, filled, added, w, plan),
+    )  # fmt: skip
     return out
+
+
+def _in_place(x: NDArray[Any], readable: bool) -> None:
+    """Refuse to record the call of an operand that would be read from a copy."""
+    if not readable and is_recording():
+        raise ShapeError(f"operand {x.dtype} {x.shape} would be copied: a recorded call cannot read it in place.")
 
 
 def _readable(x: Codes) -> Codes:
@@ -277,6 +289,7 @@ def _readable(x: Codes) -> Codes:
     together = (channel == 1 or c == 1) and (pixel == c or width == 1)
     if together and line >= width * c and (n == 1 or image >= (h - 1) * line + width * c):
         return x
+    _in_place(x, False)
     return np.ascontiguousarray(x)
 
 

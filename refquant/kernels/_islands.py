@@ -1,4 +1,4 @@
-"""Float islands on the active kernel: normalise, SiLU, softmax, make codes, add, enlarge.
+"""Float islands on the active kernel: normalise, SiLU, softmax, make codes, enlarge, put side by side.
 
 What they compute, and how exactly, stands in `refquant.ref.islands`; here operands are checked and handed over. The
 active kernel `ref` is that NumPy definition; all kernels in C give the same bits as each other, whatever the number
@@ -7,6 +7,7 @@ of threads. An operand whose elements do not lie together is copied; `out` must 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from ..errors import ShapeError
 from ..ref import islands
 from ..threads import get_threads
+from ._call import call, fill, is_recording
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 
@@ -88,19 +90,19 @@ def group_norm_silu_quantize(
     out = _target(name, x.shape, np.float32 if stage is None else np.uint8, out, x, gamma, beta)
     isa = active()
     if isa == "ref":
-        out[...] = islands.group_norm_silu_quantize(
-            x, gamma, beta, groups, eps=eps, silu=silu, scale=scale, zero_point=zero_point, bits=bits
-        )
+        stated = {"eps": eps, "silu": silu, "scale": scale, "zero_point": zero_point, "bits": bits}
+        fill(name, lambda: np.copyto(out, islands.group_norm_silu_quantize(x, gamma, beta, groups, **stated)))
         return out
-    n, h, w, c = x.shape
-    status = lib.rq_group_norm(
-        ROWS[isa], _threads(x.size), _floats(x), n, h * w, c, groups, _floats(gamma), _floats(beta), eps, bool(silu),
-        *_stage(stage), _filled(out),
-    )  # fmt: skip
-    if status == _OUT_OF_RANGE:
+
+    def explain() -> None:
         for label, array in (("x", x), ("gamma", gamma), ("beta", beta)):
             islands.check_finite(name, label, array)
-    _done(name, status)
+
+    n, h, w, c = x.shape
+    call(
+        name, lib.rq_group_norm, ROWS[isa], _threads(x.size), _floats(x), n, h * w, c, groups, _floats(gamma),
+        _floats(beta), eps, bool(silu), *_stage(stage), _filled(out), explain=explain,
+    )  # fmt: skip
     return out
 
 
@@ -138,12 +140,13 @@ def silu_quantize(
     out = _target("silu_quantize", x.shape, np.float32 if stage is None else np.uint8, out, x)
     isa = active()
     if isa == "ref":
-        out[...] = islands.silu_quantize(x, scale=scale, zero_point=zero_point, bits=bits)
+        stated = {"scale": scale, "zero_point": zero_point, "bits": bits}
+        fill("silu_quantize", lambda: np.copyto(out, islands.silu_quantize(x, **stated)))
         return out
-    status = lib.rq_quantize(ROWS[isa], _threads(x.size), _floats(x), x.size, True, *_stage(stage), _filled(out))
-    if status == _OUT_OF_RANGE:
-        islands.check_finite("silu_quantize", "x", x)
-    _done("silu_quantize", status)
+    call(
+        "silu_quantize", lib.rq_quantize, ROWS[isa], _threads(x.size), _floats(x), x.size, True, *_stage(stage),
+        _filled(out), explain=lambda: islands.check_finite("silu_quantize", "x", x),
+    )  # fmt: skip
     return out
 
 
@@ -181,12 +184,12 @@ def quantize(x: Floats, scale: float, zero_point: int = 0, *, bits: int = 8, out
     out = _target("quantize", x.shape, np.uint8, out, x)
     isa = active()
     if isa == "ref":
-        out[...] = islands.quantize(x, scale, zero_point, bits=bits)
+        fill("quantize", lambda: np.copyto(out, islands.quantize(x, scale, zero_point, bits=bits)))
         return out
-    status = lib.rq_quantize(ROWS[isa], _threads(x.size), _floats(x), x.size, False, *_stage(stage), _filled(out))
-    if status == _OUT_OF_RANGE:
-        islands.check_no_nan("quantize", x)
-    _done("quantize", status)
+    call(
+        "quantize", lib.rq_quantize, ROWS[isa], _threads(x.size), _floats(x), x.size, False, *_stage(stage),
+        _filled(out), explain=lambda: islands.check_no_nan("quantize", x),
+    )  # fmt: skip
     return out
 
 
@@ -231,47 +234,15 @@ def softmax_quantize(
     out = _target(name, scores.shape, np.float32 if stage is None else np.uint8, out, scores)
     isa = active()
     if isa == "ref":
-        out[...] = islands.softmax_quantize(scores, factor=factor, scale=scale, bits=bits)
+        fill(name, lambda: np.copyto(out, islands.softmax_quantize(scores, factor=factor, scale=scale, bits=bits)))
         return out
     length = scores.shape[-1]
     kind, unit, _, qmax = _stage(stage)
-    status = lib.rq_softmax(
-        ROWS[isa], _threads(scores.size), ffi.from_buffer(_whole(scores)), scores.dtype == np.int32, factor,
-        scores.size // length if length else 0, length, kind, unit, qmax, _filled(out),
+    call(
+        name, lib.rq_softmax, ROWS[isa], _threads(scores.size), ffi.from_buffer(_whole(scores)),
+        scores.dtype == np.int32, factor, scores.size // length if length else 0, length, kind, unit, qmax,
+        _filled(out), explain=lambda: islands.check_lines(scores),
     )  # fmt: skip
-    if status == _OUT_OF_RANGE:
-        islands.check_lines(scores)
-    _done(name, status)
-    return out
-
-
-def residual_add(a: Floats, b: Floats, *, out: Floats | None = None) -> Floats:
-    """Add two float32 arrays, rounded once: what NumPy gives.
-
-    Parameters
-    ----------
-    a, b : float32 arrays of one shape
-    out : float32 array of that shape, optional
-        Filled and returned: C-contiguous. It may be a or b itself (`out=a` is a += b), and may overlap neither
-        otherwise.
-
-    Returns
-    -------
-    float32 array
-
-    Raises
-    ------
-    ShapeError
-        Wrong dtype, shapes that differ, or a wrong `out`.
-    """
-    islands.check_pair(a, b)
-    others = [x for x in (a, b) if out is None or not _same(out, x)]
-    out = _target("residual_add", a.shape, np.float32, out, *others)
-    isa = active()
-    if isa == "ref":
-        out[...] = islands.residual_add(a, b)
-        return out
-    _done("residual_add", lib.rq_add(ROWS[isa], _threads(a.size), _floats(a), _floats(b), a.size, _filled(out)))
     return out
 
 
@@ -298,20 +269,47 @@ def upsample_nearest(x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDA
     n, h, w, c = x.shape
     out = _target("upsample_nearest", (n, 2 * h, 2 * w, c), x.dtype.type, out, x)
     if active() == "ref":
-        out[...] = islands.upsample_nearest(x)
+        fill("upsample_nearest", lambda: np.copyto(out, islands.upsample_nearest(x)))
         return out
-    source, target = ffi.from_buffer(_whole(x)), ffi.from_buffer(out)
-    _done(
-        "upsample_nearest",
-        lib.rq_upsample_nearest(_threads(x.nbytes), source, n * h, w, c * x.itemsize, target),
-    )
+    call(
+        "upsample_nearest", lib.rq_upsample_nearest, _threads(x.nbytes), ffi.from_buffer(_whole(x)), n * h, w,
+        c * x.itemsize, ffi.from_buffer(out),
+    )  # fmt: skip
+    return out
+
+
+def concat_channels(x: Floats, y: Floats, *, out: Floats | None = None) -> Floats:
+    """Put two images side by side along their channels.
+
+    Parameters
+    ----------
+    x, y : float32 arrays, (N, H, W, C) and (N, H, W, D)
+    out : float32 array, (N, H, W, C + D), optional
+        Filled and returned: C-contiguous, overlapping no operand.
+
+    Returns
+    -------
+    float32 array, (N, H, W, C + D)
+
+    Raises
+    ------
+    ShapeError
+        Wrong dtype or axes, or `out` that does not fit.
+    """
+    islands.check_beside(x, y)
+    c, d = x.shape[3], y.shape[3]
+    out = _target("concat_channels", (*x.shape[:3], c + d), np.float32, out, x, y)
+    if active() == "ref":
+        fill("concat_channels", lambda: np.copyto(out, islands.concat_channels(x, y)))
+        return out
+    call(
+        "concat_channels", lib.rq_concat, _threads(out.size), _floats(x), _floats(y), math.prod(x.shape[:3]), c, d,
+        _filled(out),
+    )  # fmt: skip
     return out
 
 
 # ---------------------------------------------------------------- between Python and C
-
-_OUT_OF_RANGE = None if lib is None else lib.RQ_ERR_RANGE
-
 
 def _threads(size: int) -> int:
     """Return how many threads to offer; below 8192 elements the C core wants one, and asking costs 3 microseconds."""
@@ -334,20 +332,13 @@ def _target(name: str, shape: tuple[int, ...], dtype: Any, out: Any, *operands: 
     return out
 
 
-def _same(out: Any, x: NDArray[Any]) -> bool:
-    """Tell whether out is x, element for element."""
-    return (
-        isinstance(out, np.ndarray)
-        and x.flags.c_contiguous
-        and out.flags.c_contiguous
-        and out.nbytes == x.nbytes
-        and out.ctypes.data == x.ctypes.data
-    )
-
-
 def _whole(x: NDArray[Any]) -> NDArray[Any]:
     """Return x, or a copy, with its elements together and aligned."""
-    return x if x.flags.c_contiguous and x.flags.aligned else np.require(x, requirements=["C", "A"])
+    if x.flags.c_contiguous and x.flags.aligned:
+        return x
+    if is_recording():
+        raise ShapeError(f"operand {x.dtype} {x.shape} is not C-contiguous: a recorded call cannot read it in place.")
+    return np.require(x, requirements=["C", "A"])
 
 
 def _floats(x: Floats) -> Any:
@@ -361,9 +352,3 @@ def _filled(out: NDArray[Any]) -> Any:
 def _stage(stage: Stage | None) -> tuple[int, float, int, int]:
     """Return kind, scale, zero point and largest code, as C wants them."""
     return (lib.RQ_FLOAT32, 1.0, 0, 1) if stage is None else (lib.RQ_UINT8, *stage)
-
-
-def _done(name: str, status: int) -> None:
-    if status == lib.RQ_ERR_MEMORY:
-        raise MemoryError(f"{name}: no memory for the scratch space of a thread.")
-    assert status == lib.RQ_OK, f"{name}: the C core returned {status} for checked arguments"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ShapeError
 from ..ref import products as definition
 from ..threads import get_threads
+from ._call import call, fill, is_recording
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 
@@ -77,17 +78,15 @@ def products(
         return out
     isa = active()
     if isa == "ref":
-        out[...] = definition.products(
-            a, b, transpose_b=transpose_b, a_zero_point=a_zero_point, b_zero_point=b_zero_point, scale=scale,
-            regions=regions,
-        )  # fmt: skip
+        stated = {
+            "transpose_b": transpose_b, "a_zero_point": a_zero_point, "b_zero_point": b_zero_point, "scale": scale,
+            "regions": regions,
+        }  # fmt: skip
+        fill("products", lambda: np.copyto(out, definition.products(a, b, **stated)))
         return out
     a, b = _readable(a), _readable(b)
     problem = product_struct(a, b, out, transpose_b, int(a_zero_point), int(b_zero_point), scale, regions)
-    status = lib.rq_products(ROWS[isa], get_threads(), problem)
-    if status == lib.RQ_ERR_MEMORY:
-        raise MemoryError(f"products: no memory for the scratch space of a {a.shape}, b {b.shape}.")
-    assert status == lib.RQ_OK, f"rq_products returned {status} for checked arguments"
+    call("products", lib.rq_products, ROWS[isa], get_threads(), problem, kept=(a, b, out))
     return out
 
 
@@ -141,7 +140,11 @@ def _rows_together(x: NDArray[Any]) -> bool:
 
 
 def _readable(x: Codes) -> Codes:
-    return x if _rows_together(x) else np.ascontiguousarray(x)
+    if _rows_together(x):
+        return x
+    if is_recording():
+        raise ShapeError(f"operand {x.dtype} {x.shape} would be copied: a recorded call cannot read it in place.")
+    return np.ascontiguousarray(x)
 
 
 def _target(shape: tuple[int, ...], out: Any, a: Codes, b: Codes) -> Floats:

@@ -4,12 +4,12 @@
     silu_quantize              SiLU y = x / (1 + e^-x), make codes
     softmax_quantize           softmax over the last axis, make codes with zero_point 0
     quantize                   make codes of float32 as it is
-    residual_add               a + b
     upsample_nearest           every pixel four times
+    concat_channels            two images side by side along the channels
 
 All but the last three are computed in float64 and rounded once, at the end: to float32, or to the codes
 limit(round(y / scale) + zero_point, 0, 2^bits - 1), ties to even, of the float64 y. `quantize` divides in float32
-and gives exactly the codes of `refquant.quant.affine.quantize`; sums and copies are exact as well.
+and gives exactly the codes of `refquant.quant.affine.quantize`; copies are exact as well.
 
 The C core (`refquant.kernels`) gives the same bits on all its instruction sets and with any number of threads, and
 
@@ -20,7 +20,7 @@ The C core (`refquant.kernels`) gives the same bits on all its instruction sets 
 Bounds are measured and asserted in tests/kernels/test_islands.py.
 
 Errors: `ShapeError` for a wrong dtype or shape; `RangeError` for parameters out of range and for numbers without a
-code. NaN is refused everywhere but in sums and copies, infinities everywhere but there and in `quantize`, where they
+code. NaN is refused everywhere but in copies, infinities everywhere but there and in `quantize`, where they
 saturate; scores may be -inf (a mask) where the line has a finite one.
 """
 
@@ -115,14 +115,12 @@ def check_lines(scores: NDArray[Any]) -> None:
         )
 
 
-def check_pair(a: Any, b: Any) -> None:
-    """Refuse what cannot be added element by element."""
-    for name, x in (("a", a), ("b", b)):
-        if not isinstance(x, np.ndarray) or x.dtype != np.float32:
-            have = f"{x.dtype} {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
-            raise ShapeError(f"residual_add: {name} is {have}; it must be a float32 array.")
-    if a.shape != b.shape:
-        raise ShapeError(f"residual_add: a {a.shape} and b {b.shape} differ in shape; nothing is broadcast.")
+def check_beside(x: Any, y: Any) -> None:
+    """Refuse what are no two images with the same pixels."""
+    for name, image in (("x", x), ("y", y)):
+        check_array("concat_channels", name, image, np.float32, "(N, H, W, C)")
+    if x.shape[:3] != y.shape[:3]:
+        raise ShapeError(f"concat_channels: x {x.shape} and y {y.shape} must have the same images, lines and columns.")
 
 
 def check_image(x: Any) -> None:
@@ -224,11 +222,10 @@ def check_no_nan(function: str, x: Floats) -> None:
         )
 
 
-def residual_add(a: Floats, b: Floats) -> Floats:
-    """Add two float32 arrays of one shape, rounded once."""
-    check_pair(a, b)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(a + b)
+def concat_channels(x: Floats, y: Floats) -> Floats:
+    """(N, H, W, C) beside (N, H, W, D): (N, H, W, C + D)."""
+    check_beside(x, y)
+    return np.concatenate((x, y), axis=3)
 
 
 def upsample_nearest(x: NDArray[Any]) -> NDArray[Any]:

@@ -108,20 +108,16 @@ def test_quantize_at_the_boundaries(scale, zero_point):
         quantize_check(x, scale, zero_point, 8)
 
 
-@given(FLOATS)
-def test_residual_add(numbers):
-    a = np.array(numbers, np.float32)
-    b = np.roll(a, 1) * np.float32(0.7)
-    with np.errstate(over="ignore"):
-        want = a + b
-    for _ in every_kernel():
-        out = Guarded(a.shape, np.float32)
-        np.testing.assert_array_equal(kernels.residual_add(a, b, out=out.array), want)
-        out.array[...] = a
-        np.testing.assert_array_equal(kernels.residual_add(out.array, b, out=out.array), want)  # a += b
-        out.array[...] = b
-        np.testing.assert_array_equal(kernels.residual_add(a, out.array, out=out.array), want)
-        out.check()
+@pytest.mark.parametrize(("c", "d"), [(1, 1), (3, 5), (16, 7), (5, 64), (4, 0), (0, 4)])
+@pytest.mark.parametrize("lines", [1, 13])  # 7 and 91 pixels an image: less and more than a unit's 64
+def test_concat_channels(isa, c, d, lines):
+    rng = np.random.default_rng(c + d)
+    x, y = (rng.standard_normal((2, lines, 7, n), dtype=np.float32) for n in (c, d))
+    x.reshape(-1)[:1] = np.nan  # bits are copied, whatever they mean
+    out = Guarded((2, lines, 7, c + d), np.float32)
+    kernels.concat_channels(x, y, out=out.array)
+    np.testing.assert_array_equal(out.array, np.concatenate((x, y), axis=3))
+    out.check()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
@@ -145,7 +141,7 @@ def test_the_number_of_threads_does_not_matter(isa):
     def everything():
         return [
             case.run(), case.run(scale=0.02, zero_point=14), kernels.quantize(x, 0.1, 128), kernels.silu_quantize(x),
-            kernels.softmax_quantize(scores, scale=1 / 255), kernels.residual_add(x, x),
+            kernels.softmax_quantize(scores, scale=1 / 255), kernels.concat_channels(case.x, case.x[..., :5]),
             kernels.upsample_nearest(image),
         ]  # fmt: skip
 
@@ -173,7 +169,7 @@ def test_any_layout_is_read(isa):
             lambda a: kernels.quantize(a, 0.1, 3),
             lambda a: kernels.silu_quantize(a),
             lambda a: kernels.softmax_quantize(a),
-            lambda a: kernels.residual_add(a, x),
+            lambda a: kernels.concat_channels(a, x),
             lambda a: kernels.upsample_nearest(a),
         ):
             np.testing.assert_array_equal(run(same), run(x))
@@ -184,7 +180,8 @@ def test_nothing(isa, shape):
     x, v = np.zeros(shape, np.float32), np.ones(4, np.float32)
     assert kernels.group_norm_silu_quantize(x, v, v, 2).shape == shape
     assert kernels.group_norm_silu_quantize(x, v, v, 2, scale=1).dtype == np.uint8
-    assert kernels.quantize(x, 1).shape == kernels.silu_quantize(x).shape == kernels.residual_add(x, x).shape == shape
+    assert kernels.quantize(x, 1).shape == kernels.silu_quantize(x).shape == shape
+    assert kernels.concat_channels(x, x).shape == (*shape[:3], 8)
     assert kernels.softmax_quantize(x).shape == kernels.softmax_quantize(x[..., :0]).shape[:3] + (4,) == shape
     assert kernels.upsample_nearest(x).size == 0
     assert kernels.quantize(np.array(7, np.float32), 1).shape == ()
@@ -233,8 +230,8 @@ REFUSED = [
     (lambda: kernels.softmax_quantize(with_number(S, NAN)), RangeError, r"line \(0, 2\) of \(2, 3\) is nan"),
     (lambda: kernels.softmax_quantize(with_number(S, INF), scale=1), RangeError, r"line \(0, 2\) of \(2, 3\) is inf"),
     (lambda: kernels.softmax_quantize(np.full((1, 3), -INF, np.float32)), RangeError, r"line \(0,\) of \(1,\) is -inf"),
-    (lambda: kernels.residual_add(X, X.astype(float)), ShapeError, "b is float64"),
-    (lambda: kernels.residual_add(X, X[:1]), ShapeError, "differ in shape"),
+    (lambda: kernels.concat_channels(X, X.astype(float)), ShapeError, "y has dtype float64"),
+    (lambda: kernels.concat_channels(X, X[:1]), ShapeError, "the same images"),
     (lambda: kernels.upsample_nearest(X.astype(np.int8)), ShapeError, "x is int8"),
     (lambda: kernels.upsample_nearest(X[0]), ShapeError, r"\(N, H, W, C\)"),
 ]
@@ -253,7 +250,7 @@ CALLS = {  # name: (result without out, call with out)
     "silu": (np.empty(X.shape, np.float32), lambda out: kernels.silu_quantize(X, out=out)),
     "quantize": (np.empty(X.shape, np.uint8), lambda out: kernels.quantize(X, 1, out=out)),
     "softmax": (np.empty(S.shape, np.float32), lambda out: kernels.softmax_quantize(S, out=out)),
-    "add": (np.empty(X.shape, np.float32), lambda out: kernels.residual_add(X, X.copy(), out=out)),
+    "concat": (np.empty((*X.shape[:3], 12), np.float32), lambda out: kernels.concat_channels(X, X.copy(), out=out)),
     "upsample": (np.empty((2, 6, 8, 6), np.float32), lambda out: kernels.upsample_nearest(X, out=out)),
 }
 
@@ -283,8 +280,9 @@ def test_out_must_not_overlap(isa):
     for call in (
         lambda: norm(x, out=x), lambda: norm(x, scale=1, out=codes), lambda: norm(gamma=v, out=x),
         lambda: kernels.silu_quantize(x, out=late), lambda: kernels.quantize(x, 1, out=codes),
-        lambda: kernels.softmax_quantize(x, out=late), lambda: kernels.residual_add(x, X, out=late),
-        lambda: kernels.residual_add(x, late, out=x), lambda: kernels.upsample_nearest(x[:, :1, :1], out=x[:, :2, :2]),
+        lambda: kernels.softmax_quantize(x, out=late),
+        lambda: kernels.concat_channels(x[:1], x[1:], out=memory[:144].reshape(1, *X.shape[1:3], 12)),
+        lambda: kernels.upsample_nearest(x[:, :1, :1], out=x[:, :2, :2]),
     ):  # fmt: skip
         with pytest.raises(ShapeError, match="overlaps|C-contiguous"):
             call()
@@ -315,7 +313,9 @@ def test_the_door_of_c():
     assert lib.rq_quantize(0, 1, ffi.NULL, 4, 0, 2, 1.0, 0, 255, y) == lib.RQ_ERR_NULL
     assert lib.rq_softmax(0, 1, x, 0, 0.0, 2, 2, 1, 1.0, 255, y) == lib.RQ_ERR_RANGE
     assert lib.rq_softmax(0, 1, x, 0, 1.0, -1, 2, 1, 1.0, 255, y) == lib.RQ_ERR_SIZE
-    assert lib.rq_add(0, 1, x, ffi.NULL, 4, y) == lib.RQ_ERR_NULL
+    assert lib.rq_concat(1, x, ffi.NULL, 4, 1, 1, y) == lib.RQ_ERR_NULL
+    assert lib.rq_concat(1, x, x, -1, 1, 1, y) == lib.rq_concat(1, x, x, 1, 2**31, 1, y) == lib.RQ_ERR_SIZE
+    assert lib.rq_concat(1, x, ffi.NULL, 4, 1, 0, y) == lib.RQ_OK
     assert lib.rq_upsample_nearest(1, ffi.NULL, 1, 1, 1, y) == lib.RQ_ERR_NULL
 
 

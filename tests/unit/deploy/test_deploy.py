@@ -1,5 +1,7 @@
 """Integer execution: the same codes as fake quantization promised, on NumPy and on every kernel of this machine."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from toys import tiny_dit
@@ -9,7 +11,7 @@ from refquant.autograd import Tensor, no_grad
 from refquant.deploy import lower
 from refquant.deploy.plan import plan
 from refquant.deploy.program import INTEGER, Convolve, reads
-from refquant.deploy.runtime import Executor, IntegerDenoiser, _convolve, integer_denoiser
+from refquant.deploy.runtime import BATCH_SIZES, ENGINES, Executor, IntegerDenoiser, _convolve, integer_denoiser
 from refquant.errors import LoweringError, RangeError, ShapeError, UnknownNameError
 from refquant.metrics import psnr
 from refquant.quant.affine import dequantize, quantize
@@ -17,6 +19,7 @@ from refquant.quant.calibrate import Calibration, CalibrationConfig
 from refquant.quant.methods import METHODS
 from refquant.quant.reconstruct import ReconstructionConfig
 from refquant.quant.session import Session
+from refquant.threads import using_threads
 
 FAST = ReconstructionConfig(iterations=4, batch=8)
 VARIANTS = {
@@ -120,6 +123,60 @@ def test_nothing_is_allocated_by_a_second_step(quantized, x):
     run = Executor(lower(quantized))
     nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     assert run(nhwc, 0).ctypes.data == run(nhwc, 1).ctypes.data
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_recorded_step_computes_anew(quantized, x, engine):
+    """The second run of a step repeats calls: on what the input is now, with the numbers of that step."""
+    program, rng = lower(quantized), np.random.default_rng(5)
+    images = [rng.standard_normal((2, *x.shape[2:], x.shape[1]), dtype=np.float32) for _ in range(3)]
+    run = Executor(program, engine)
+    for step in (0, 1, 0, 1):
+        for image in images:
+            np.testing.assert_array_equal(run(image, step).copy(), Executor(program, engine)(image, step))
+
+
+def test_settings_of_a_recording_are_those_of_the_call(quantized, x):
+    """Another kernel, number of threads or batch size is another recording; few batch sizes keep their memory."""
+    program = lower(quantized)
+    run, nhwc = Executor(program), np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    want = run(nhwc, 0).copy()
+    for isa in kernels.supported():
+        for threads in (1, 2):
+            with kernels.using(isa), using_threads(threads):
+                np.testing.assert_array_equal(run(nhwc, 0), want)
+    for images in (1, 2, 3, 1):
+        np.testing.assert_array_equal(run(nhwc[:images], 0), want[:images])
+    assert len(run._own.rooms) == BATCH_SIZES
+
+
+def test_threads_have_memory_of_their_own(quantized):
+    """Four callers at once, each with its own images and steps, get what they get one after the other."""
+    program, rng = lower(quantized), np.random.default_rng(7)
+    run = Executor(program)
+    todo = [(rng.standard_normal((1 + i % 3, *program.values[0].shape), dtype=np.float32), i % 2) for i in range(24)]
+    want = [Executor(program)(*job).copy() for job in todo]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda job: run(*job).copy(), todo))
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_number_that_is_none_is_an_error_also_when_repeated(quantized, x):
+    run, nhwc = Executor(lower(quantized)), np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    want = run(nhwc, 0).copy()
+    with pytest.raises(RangeError, match="nan"):
+        run(np.where(np.arange(nhwc.shape[1])[:, None, None] == 3, np.float32(np.nan), nhwc), 0)
+    np.testing.assert_array_equal(run(nhwc, 0), want)
+
+
+def test_codes_that_three_layers_share_are_made_once(quantized):
+    """q, k and v of attention read one normalised image: where their ranges agree, its codes are made once."""
+    program = lower(quantized)
+    for prefix in {op.name.rpartition(".")[0] for op in program.operations if getattr(op, "name", "").endswith(".q")}:
+        reading = [op.x for op in program.operations if getattr(op, "name", "")[:-1] == f"{prefix}."]
+        ranges = {str(quantized.layers[f"{prefix}.{part}"].input.qparams) for part in "qkv"}
+        assert len(set(reading)) == len(ranges)
 
 
 def test_description_counts_integer_operations(quantized):
