@@ -1,6 +1,7 @@
 /* islands.c - the float islands of an integer network: checked, cut into units, dealt to threads.
  *
- *     group norm     a unit is an image: two passes over it for mean and variance, and one that writes
+ *     group norm     a unit is an image: two passes over it for mean and variance, and one that writes; where
+ *                    there are fewer images than threads, each pass has units of its own
  *     softmax        a line of scores
  *     quantize, SiLU a chunk of elements
  *     enlarging      a line of pixels
@@ -17,7 +18,8 @@
 enum {
     MOST = 1 << 30,        /* of any size */
     CHEAP_BELOW = 65536,   /* elements, some 10 microseconds where there is no e^x: not worth a team */
-    COSTLY_BELOW = 8192    /* the same where there is one */
+    COSTLY_BELOW = 8192,   /* the same where there is one */
+    STAGED_FROM = 32768    /* elements of an image, some 40 microseconds: worth three meetings of the team */
 };
 static const int64_t MOST_ELEMENTS = (int64_t)1 << 44;
 
@@ -82,6 +84,32 @@ static int prepare(struct rq_island *j, int kind, float scale, int32_t zero_poin
     return RQ_OK;
 }
 
+/* Images one after the other, all threads on each. */
+static int in_stages(struct rq_island *j, int threads)
+{
+    const struct rq_pointwise stage = j->f; /* of all images */
+    const int64_t images = j->units, blocks = stage.period / RQ_BLOCK;
+    int status = RQ_OK;
+    for (int64_t n = 0; n < images && status == RQ_OK; n++) {
+        j->f = stage;
+        if (rq_begin_image(j, n))
+            return RQ_ERR_MEMORY;
+        j->units = blocks;
+        j->unit = rq_sum_block;
+        run(j, threads, j->count, 0);
+        rq_centre(j);
+        j->unit = rq_square_block;
+        run(j, threads, j->count, 0);
+        rq_know_image(j);
+        status = atomic_load(&j->status);
+        j->units = rq_map_chunks(j);
+        j->unit = rq_map_chunk;
+        if (status == RQ_OK)
+            status = run(j, threads, j->count, 0);
+    }
+    return status;
+}
+
 int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixels, int64_t c, int64_t groups,
                   const float *gamma, const float *beta, double eps, int silu, int kind, float scale,
                   int32_t zero_point, int32_t qmax, void *y)
@@ -107,6 +135,8 @@ int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixel
     j.f.period = c;
     while (j.f.period % RQ_BLOCK != 0)
         j.f.period += c;
+    if (n < threads && j.count >= STAGED_FROM)
+        return in_stages(&j, threads);
     return run(&j, threads, n * j.count, COSTLY_BELOW);
 }
 

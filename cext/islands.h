@@ -31,10 +31,13 @@ struct rq_pointwise {
 /* Each function reads and writes exactly the elements that it is given. The int is 0, or 1 where there
  * is something that has no code (NaN; where said, infinities); the result then has no meaning. */
 struct rq_islands {
-    /* out[p] = sum over i = p, p + period, ... < count of x[i] - shift[p], in this order, in double */
-    void (*sums)(const float *x, int64_t count, int64_t period, const double *shift, double *out);
+    /* out[p] = sum over i = p, p + period, ... < count of x[i] - shift[p], in this order, in double, for p = from, ...
+     * to - 1, multiples of RQ_BLOCK */
+    void (*sums)(const float *x, int64_t count, int64_t period, const double *shift, int64_t from, int64_t to,
+                 double *out);
     /* the same of (x[i] - shift[p])^2 */
-    void (*squares)(const float *x, int64_t count, int64_t period, const double *shift, double *out);
+    void (*squares)(const float *x, int64_t count, int64_t period, const double *shift, int64_t from, int64_t to,
+                    double *out);
     int (*pointwise)(const float *x, int64_t count, const struct rq_pointwise *f, void *out);
     /* codes of x / unit, divided in float32; infinities saturate */
     int (*quantize)(const float *x, int64_t count, const struct rq_pointwise *f, uint8_t *out);
@@ -44,6 +47,11 @@ struct rq_islands {
 };
 
 extern const struct rq_islands rq_islands_scalar, rq_islands_avx2, rq_islands_avx512;
+
+/* What group norm knows of an image; each of `period` numbers, in a thread's scratch memory. */
+struct rq_moments {
+    double *shift, *slope, *offset, *sums, *mean, *group;
+};
 
 /* A call: the operands, and what is left to do. */
 struct rq_island {
@@ -58,11 +66,20 @@ struct rq_island {
     const float *gamma, *beta;
     double number;         /* eps of group norm, scale of the scores */
     int ints;
+    const float *image;    /* of a group norm in which all threads work on one image */
+    struct rq_moments moments;
     atomic_int_least64_t next;
     atomic_int status;
 };
 
 void rq_normalise_image(struct rq_island *j, int64_t n);
+int rq_begin_image(struct rq_island *j, int64_t n);
+void rq_sum_block(struct rq_island *j, int64_t block);
+void rq_centre(struct rq_island *j);
+void rq_square_block(struct rq_island *j, int64_t block);
+void rq_know_image(struct rq_island *j);
+void rq_map_chunk(struct rq_island *j, int64_t chunk);
+int64_t rq_map_chunks(const struct rq_island *j);
 void rq_share_line(struct rq_island *j, int64_t line);
 void rq_make_codes(struct rq_island *j, int64_t chunk);
 void rq_concat_chunk(struct rq_island *j, int64_t chunk);

@@ -60,9 +60,10 @@ RQ_INLINE int is_nan(double x) { return x != x; }
 
 /* ------------------------------------------------------------------ sums over an image */
 
-RQ_INLINE void add_up(const float *x, int64_t count, int64_t period, const double *shift, int squared, double *out)
+RQ_INLINE void add_up(const float *x, int64_t count, int64_t period, const double *shift, int squared, int64_t from,
+                      int64_t to, double *out)
 {
-    for (int64_t p = 0; p < period; p += RQ_BLOCK) {
+    for (int64_t p = from; p < to; p += RQ_BLOCK) {
         wide sum[VECTORS];
         RQ_UNROLL
         for (int v = 0; v < VECTORS; v++)
@@ -87,14 +88,16 @@ RQ_INLINE void add_up(const float *x, int64_t count, int64_t period, const doubl
     }
 }
 
-static void sums(const float *x, int64_t count, int64_t period, const double *shift, double *out)
+static void sums(const float *x, int64_t count, int64_t period, const double *shift, int64_t from, int64_t to,
+                 double *out)
 {
-    add_up(x, count, period, shift, 0, out);
+    add_up(x, count, period, shift, 0, from, to, out);
 }
 
-static void squares(const float *x, int64_t count, int64_t period, const double *shift, double *out)
+static void squares(const float *x, int64_t count, int64_t period, const double *shift, int64_t from, int64_t to,
+                    double *out)
 {
-    add_up(x, count, period, shift, 1, out);
+    add_up(x, count, period, shift, 1, from, to, out);
 }
 
 /* ------------------------------------------------------------------ one number in, one number out */

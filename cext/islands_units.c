@@ -69,28 +69,37 @@ static void spread(const struct rq_island *j, const double *group, double *to)
                 to[p] = group[g];
 }
 
-void rq_normalise_image(struct rq_island *j, int64_t n)
+/* The shift of image n; 0, or 1 where there is no memory. */
+static int begin(const struct rq_island *j, const float *x, struct rq_moments *m)
 {
     const int64_t period = j->f.period;
-    const float *const x = (const float *)j->x + n * j->count;
     double *const room = rq_scratch(6 * period * (int64_t)sizeof *room);
-    if (!room) {
-        rq_island_failed(j, RQ_ERR_MEMORY);
-        return;
-    }
-    double *const shift = room, *const slope = room + period, *const offset = room + 2 * period;
-    double *const sums = room + 3 * period, *const mean = room + 4 * period, *const group = room + 5 * period;
-
+    if (!room)
+        return 1;
+    *m = (struct rq_moments){room, room + period, room + 2 * period, room + 3 * period, room + 4 * period,
+                             room + 5 * period};
     for (int64_t g = 0; g < j->groups; g++)
-        group[g] = x[g * (j->c / j->groups)];
-    spread(j, group, shift);
-    j->isa->sums(x, j->count, period, shift, sums);
-    means_of_groups(j, sums, group);
-    spread(j, group, mean);
-    for (int64_t p = 0; p < period; p++)
-        offset[p] = shift[p] + mean[p];
-    j->isa->squares(x, j->count, period, offset, sums);
-    means_of_groups(j, sums, group);
+        m->group[g] = x[g * (j->c / j->groups)];
+    spread(j, m->group, m->shift);
+    return 0;
+}
+
+/* From the sums of x - shift: the mean, and in `offset` the centre. */
+static void centre(const struct rq_island *j, const struct rq_moments *m)
+{
+    means_of_groups(j, m->sums, m->group);
+    spread(j, m->group, m->mean);
+    for (int64_t p = 0; p < j->f.period; p++)
+        m->offset[p] = m->shift[p] + m->mean[p];
+}
+
+/* From the sums of squares: the affine map. 0, or 1 where a number of the image is none, which shows in mean or
+ * variance. */
+static int know(const struct rq_island *j, const float *x, const struct rq_moments *m, struct rq_pointwise *f)
+{
+    const int64_t period = j->f.period;
+    double *const group = m->group, *const slope = m->slope, *const offset = m->offset;
+    means_of_groups(j, m->sums, group);
     const double divisor = j->f.codes && !j->f.silu ? j->f.unit : 1; /* SiLU divides by the scale itself */
     const double reach = square_root((double)(j->count / j->groups));
     int tame = 1;
@@ -105,22 +114,78 @@ void rq_normalise_image(struct rq_island *j, int64_t n)
         const double gamma = j->gamma[channel], beta = j->beta[channel];
         tame &= reach * (gamma < 0 ? -gamma : gamma) + (beta < 0 ? -beta : beta) < 500;
         slope[p] *= gamma;
-        offset[p] = beta / divisor - mean[p] * slope[p];
+        offset[p] = beta / divisor - m->mean[p] * slope[p];
         bad += (slope[p] - slope[p]) + (offset[p] - offset[p]);
         channel = channel + 1 < j->c ? channel + 1 : 0;
     }
     for (int64_t p = 0; tame && p < period; p++)
-        offset[p] -= shift[p] * slope[p];
-    if (bad != 0) { /* NaN: any number of the image that is not finite shows in mean or variance */
-        rq_island_failed(j, RQ_ERR_RANGE);
+        offset[p] -= m->shift[p] * slope[p];
+    *f = j->f;
+    f->tame = tame;
+    f->shift = m->shift;
+    f->slope = slope;
+    f->offset = offset;
+    return bad != 0; /* NaN */
+}
+
+void rq_normalise_image(struct rq_island *j, int64_t n)
+{
+    const int64_t count = j->count, period = j->f.period;
+    const float *const x = (const float *)j->x + n * count;
+    struct rq_moments m;
+    struct rq_pointwise f;
+    if (begin(j, x, &m)) {
+        rq_island_failed(j, RQ_ERR_MEMORY);
         return;
     }
-    struct rq_pointwise f = j->f;
-    f.tame = tame;
-    f.shift = shift;
-    f.slope = slope;
-    f.offset = offset;
-    j->isa->pointwise(x, j->count, &f, j->y + n * j->count * j->y_size);
+    j->isa->sums(x, count, period, m.shift, 0, period, m.sums);
+    centre(j, &m);
+    j->isa->squares(x, count, period, m.offset, 0, period, m.sums);
+    if (know(j, x, &m, &f))
+        rq_island_failed(j, RQ_ERR_RANGE);
+    else
+        j->isa->pointwise(x, count, &f, j->y + n * count * j->y_size);
+}
+
+/* The same in five stages, for an image on which all threads work: the second, fourth and last in units. */
+int rq_begin_image(struct rq_island *j, int64_t n)
+{
+    j->image = (const float *)j->x + n * j->count;
+    return begin(j, j->image, &j->moments);
+}
+
+void rq_sum_block(struct rq_island *j, int64_t block)
+{
+    const int64_t p = block * RQ_BLOCK;
+    j->isa->sums(j->image, j->count, j->f.period, j->moments.shift, p, p + RQ_BLOCK, j->moments.sums);
+}
+
+void rq_centre(struct rq_island *j) { centre(j, &j->moments); }
+
+void rq_square_block(struct rq_island *j, int64_t block)
+{
+    const int64_t p = block * RQ_BLOCK;
+    j->isa->squares(j->image, j->count, j->f.period, j->moments.offset, p, p + RQ_BLOCK, j->moments.sums);
+}
+
+void rq_know_image(struct rq_island *j)
+{
+    if (know(j, j->image, &j->moments, &j->f))
+        rq_island_failed(j, RQ_ERR_RANGE);
+}
+
+static int64_t chunk_of(const struct rq_island *j) /* in whole periods */
+{
+    return (RQ_CHUNK + j->f.period - 1) / j->f.period * j->f.period;
+}
+
+int64_t rq_map_chunks(const struct rq_island *j) { return (j->count + chunk_of(j) - 1) / chunk_of(j); }
+
+void rq_map_chunk(struct rq_island *j, int64_t chunk)
+{
+    const int64_t first = chunk * chunk_of(j), rest = j->count - first, count = rest < chunk_of(j) ? rest : chunk_of(j);
+    const int64_t image = (j->image - (const float *)j->x) * j->y_size;
+    j->isa->pointwise(j->image + first, count, &j->f, j->y + image + first * j->y_size);
 }
 
 void rq_share_line(struct rq_island *j, int64_t line)

@@ -119,8 +119,8 @@ struct rq_output {
 
 /* y[n,i,j,o] = sum over p,q,c of (x[n, stride i + p - padding, stride j + q - padding, c] - zx)
  *                              * (w[o,p,q,c] - zw[o]),   then the output stage.
- * Runs kernel `row` on the calling thread and, if there is enough to do, up to threads - 1 others. The result may overlap no
- * operand. Its rows are the pixels (n, i, j) in order. */
+ * Runs kernel `row` on the calling thread and, if there is enough to do, up to threads - 1 others. The result may overlap
+ * no operand. Its rows are the pixels (n, i, j) in order. */
 #define RQ_ALONE_BELOW 1000000  /* multiplications, some 5 microseconds: less than a team gains */
 int rq_conv2d(int row, int threads, const struct rq_input *x, const struct rq_weights *w,
               int64_t stride, int64_t padding, const struct rq_output *y);

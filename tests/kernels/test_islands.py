@@ -1,5 +1,7 @@
 """Float islands: the stated error bounds, one set of bits from all kernels in C, exact codes, refusals."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from guards import Guarded, every_kernel
@@ -134,13 +136,16 @@ def test_upsample_nearest(isa, dtype, c):
 
 def test_the_number_of_threads_does_not_matter(isa):
     rng = np.random.default_rng(0)
+    # fewer images than threads, 38,400 numbers each: all threads work on one, in stages
+    large = Norm(rng.normal(1, 3, (2, 40, 40, 24)).astype(np.float32), *rng.normal(0, 1, (2, 24)).astype(np.float32), 3)
     case = Norm(rng.normal(1, 3, (7, 11, 13, 24)).astype(np.float32), *np.float32([[1.5] * 24, [0.2] * 24]), 3)
     x, scores = rng.normal(0, 5, 70_001).astype(np.float32), rng.normal(0, 5, (5, 49, 49)).astype(np.float32)
     image = rng.integers(0, 256, (3, 40, 41, 20), np.uint8)
 
     def everything():
         return [
-            case.run(), case.run(scale=0.02, zero_point=14), kernels.quantize(x, 0.1, 128), kernels.silu_quantize(x),
+            case.run(), case.run(scale=0.02, zero_point=14), large.run(), large.run(scale=0.02, zero_point=14),
+            replace(large, x=large.x[1:]).run(scale=0.02), kernels.quantize(x, 0.1, 128), kernels.silu_quantize(x),
             kernels.softmax_quantize(scores, scale=1 / 255), kernels.concat_channels(case.x, case.x[..., :5]),
             kernels.upsample_nearest(image),
         ]  # fmt: skip
@@ -151,6 +156,11 @@ def test_the_number_of_threads_does_not_matter(isa):
         with using_threads(threads):
             for got, one in zip(everything(), want, strict=True):
                 np.testing.assert_array_equal(got, one)
+            for at in (0, 38_400, -1):
+                x_bad = large.x.copy()
+                x_bad.flat[at] = NAN
+                with pytest.raises(RangeError, match="x is nan"):
+                    replace(large, x=x_bad).run()
 
 
 def test_any_layout_is_read(isa):
