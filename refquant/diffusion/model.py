@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import io
 from ..errors import CheckpointError, UnknownNameError
@@ -129,9 +130,19 @@ def from_checkpoint(found: io.Checkpoint) -> DiffusionModel:
     return model
 
 
+class _Zeros:
+    """In the place of a random generator: zeros that take no memory until somebody writes to them."""
+
+    def uniform(self, low: float, high: float, size: tuple[int, ...]) -> NDArray[np.float32]:
+        return np.zeros(size, np.float32)
+
+    def standard_normal(self, size: tuple[int, ...], dtype: type = np.float32) -> NDArray[Any]:
+        return np.zeros(size, dtype)
+
+
 def frame(name: str, facts: dict[str, Any], kind: str = "unet") -> DiffusionModel:
     """Build the model that metadata describe, with weights yet to be loaded; `kind` is that of its network."""
-    network = build(config_from_json(kind, facts["network"]), np.random.default_rng(0))
+    network = build(config_from_json(kind, facts["network"]), _Zeros())  # type: ignore[arg-type]
     prediction = facts.get("prediction", "eps")  # what every checkpoint predicted before it was written down
     if prediction not in PREDICTIONS:
         raise CheckpointError(f"{name}: prediction {prediction!r} is unknown; {', '.join(PREDICTIONS)} are known.")

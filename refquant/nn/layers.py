@@ -19,7 +19,7 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...], gain: float) -> N
     receptive = int(np.prod(shape[1:-1]))
     fan_average = receptive * (shape[0] + shape[-1]) / 2
     bound = np.sqrt(3 * max(gain, 1e-10) / fan_average)
-    return rng.uniform(-bound, bound, shape).astype(np.float32)
+    return rng.uniform(-bound, bound, shape).astype(np.float32, copy=False)
 
 
 class Linear(Module):

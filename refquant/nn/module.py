@@ -9,7 +9,7 @@ There is no train/eval switch and no hidden state: what a forward pass needs to 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,20 +66,22 @@ class Module:
         """Return every parameter's array by name (the arrays themselves, not copies)."""
         return {name: p.data for name, p in self.named_parameters()}
 
-    def load_state_dict(self, state: Mapping[str, NDArray[Any]]) -> None:
+    def load_state_dict(self, state: Mapping[str, NDArray[Any]], unused: Collection[str] = ()) -> None:
         """Copy arrays into the parameters; names, shapes and kinds must agree exactly.
 
         Parameters
         ----------
         state : mapping of str to array
             As `state_dict` gives it.
+        unused : collection of str
+            Parameters that stay as they are, and must not be in `state`.
 
         Raises
         ------
         CheckpointError
             Naming the first missing, unexpected or misshapen entry. Nothing is changed then.
         """
-        own = dict(self.named_parameters())
+        own = {name: p for name, p in self.named_parameters() if name not in unused}
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise CheckpointError(

@@ -6,6 +6,8 @@ the quantization papers; it says how much silicon works, not how long it takes (
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..autograd import Tensor, no_grad
@@ -32,7 +34,7 @@ def bit_operations(model: QuantizedModel) -> int:
                 * _bits(module.input.qparams)
             )
             if module.branch is not None:  # in float, at every place
-                places = _multiplications(module, shapes[module.input.name]) // module.layer.weight.data.size
+                places = _multiplications(module, shapes[module.input.name]) // math.prod(module.layer.weight.shape)
                 total += places * sum(part.size for part in module.branch) * FLOAT * FLOAT
         elif isinstance(module, QuantAttention):
             parts = [_bits(quantizers[f"{name}.{part}"].qparams) for part in ("q", "k", "v", "probs")]

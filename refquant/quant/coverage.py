@@ -16,6 +16,7 @@ Normalisations, SiLU, softmax itself and biases are float in all of them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..errors import RangeError, UnknownNameError
@@ -71,8 +72,8 @@ class Coverage:
 
     def describe(self, layers: dict[str, QuantLayer]) -> str:
         """In words, with the share of weights that stays float."""
-        total = sum(layer.layer.weight.data.size for layer in layers.values())
-        kept = sum(layer.layer.weight.data.size for name, layer in layers.items() if name in self.float_weights)
+        total = sum(math.prod(layer.layer.weight.shape) for layer in layers.values())
+        kept = sum(math.prod(layer.layer.weight.shape) for name, layer in layers.items() if name in self.float_weights)
         return (
             f"{self.name}: {len(layers) - len(self.float_weights)} of {len(layers)} layers, "
             f"{100 * (1 - kept / total):.1f} % of the weights; {len(layers) - len(self.float_inputs)} inputs; "

@@ -18,6 +18,7 @@ Fake quantization only: a layer computes in float32 with weights and inputs that
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,30 +141,34 @@ class QuantizedModel:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Return all arrays of the file."""
-        out = self.float_parameters()
+        return dict(self._arrays())
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Names and arrays of the file, each made when it is asked for."""
+        yield from self.float_parameters().items()
         for name, layer in self.layers.items():
             w = layer.weight_qparams
             if layer.codes is not None and w is not None and name not in self.features:
                 codes = (layer.codes.astype(np.int16) - w.spec.qmin).astype(np.uint8).reshape(len(layer.codes), -1)
-                out[f"{name}.codes"] = pack_int4(codes) if w.spec.bits <= 4 else codes
-                out[f"{name}.weight_scale"], out[f"{name}.weight_zero_point"] = w.scale, w.zero_point
+                yield f"{name}.codes", pack_int4(codes) if w.spec.bits <= 4 else codes
+                yield f"{name}.weight_scale", w.scale
+                yield f"{name}.weight_zero_point", w.zero_point
         for name, quantizer in self._used().items():
             q = quantizer.table or quantizer.qparams
             arrays = {"scale": q.scale, "zero_point": q.zero_point} if isinstance(q, QParams) else q.arrays()
-            out |= {f"{name}.{key}": value for key, value in arrays.items()}
+            yield from ((f"{name}.{key}", value) for key, value in arrays.items())
         for name, layer in self.layers.items():
             if layer.branch is not None:
-                out[f"{name}.branch.left"], out[f"{name}.branch.right"] = layer.branch
+                yield from zip((f"{name}.branch.left", f"{name}.branch.right"), layer.branch, strict=True)
         for name, cache in self.features.items():
-            out[f"{name}.feature.codes"] = cache.codes
-            out |= {f"{name}.feature.{key}": value for key, value in cache.table.arrays().items()}
+            yield f"{name}.feature.codes", cache.codes
+            yield from ((f"{name}.feature.{key}", value) for key, value in cache.table.arrays().items())
         if self.correction is not None:
-            out |= {f"correction.{key}": value for key, value in self.correction.arrays().items()}
-        return out
+            yield from ((f"correction.{key}", value) for key, value in self.correction.arrays().items())
 
     def size_bytes(self) -> int:
         """Count the bytes of all arrays in the file: what the weights and tables take."""
-        return sum(a.nbytes for a in self.tensors().values())
+        return sum(array.nbytes for _, array in self._arrays())
 
     def save(self, path: Path) -> None:
         """Write the file (see `refquant.io.save` for the errors)."""
@@ -229,13 +234,13 @@ def load_quantized(name: str) -> QuantizedModel:
             raise ValueError(f"tables of {sorted({len(t) for t in tables})} steps for a sampler of {steps}")
         noted = {k.removeprefix("correction."): tensors.pop(k) for k in list(tensors) if k.startswith("correction.")}
         correction = Correction(**noted) if noted else None
-        # what is not stored is not used either: the frame's own arrays fill its place
-        unused = [f"{layer}.weight" for layer in codes] + [
+        # what is not stored is not used either
+        unused = {f"{layer}.weight" for layer in codes} | {
             f"{f}.{part}" for f in features for part in ("weight", "bias")
-        ]
-        if extra := sorted(tensors.keys() & set(unused)):
+        }
+        if extra := sorted(tensors.keys() & unused):
             raise ValueError(f"{extra[0]} is there twice, in float and quantized")
-        base.network.load_state_dict({**tensors, **{key: np.zeros(shapes[key], np.float32) for key in unused}})
+        base.network.load_state_dict(tensors, unused)
         network, layers = wrap(base.network)
         for layer, (integers, w) in codes.items():
             layers[layer].set_codes(integers, w)

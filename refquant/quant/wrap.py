@@ -80,6 +80,38 @@ class ActivationQuantizer:
         return fake_quant(x, self.qparams)
 
 
+class CodedWeight(Parameter):
+    """The float32 weight that codes stand for, made when somebody asks for it: an integer network never does.
+
+    Parameters
+    ----------
+    codes : int array
+    qparams : QParams
+    """
+
+    __slots__ = ("_codes", "_floats", "_qparams")
+
+    def __init__(self, codes: NDArray[np.integer], qparams: QParams) -> None:
+        self._codes, self._qparams, self._floats = codes, qparams, None
+        super().__init__(codes)
+
+    @property
+    def data(self) -> NDArray[np.float32]:  # type: ignore[override]
+        """The codes, dequantized."""
+        if self._floats is None:
+            self._floats = dequantize(as_rows(self._codes, self._qparams), self._qparams).reshape(self._codes.shape)
+        return self._floats
+
+    @data.setter
+    def data(self, value: NDArray[np.float32]) -> None:
+        self._floats = None if value is self._codes else value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the codes."""
+        return self._codes.shape
+
+
 class QuantLayer(Module):
     """A layer whose weight and input pass through their quantizers, where they have one.
 
@@ -119,7 +151,7 @@ class QuantLayer(Module):
         if codes.shape != self.layer.weight.shape:
             raise ShapeError(f"{self.name}: codes {codes.shape} for a weight of shape {self.layer.weight.shape}.")
         self.codes, self.weight_qparams = codes, qparams
-        self.layer.weight = Parameter(dequantize(as_rows(codes, qparams), qparams).reshape(codes.shape))
+        self.layer.weight = CodedWeight(codes, qparams)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer to its (quantized) input."""

@@ -8,12 +8,12 @@ from refquant import io
 from refquant.diffusion.denoiser import Denoiser
 from refquant.errors import CheckpointError, RangeError, ShapeError, UnknownNameError
 from refquant.nn.layers import Conv2d, Linear
-from refquant.quant.affine import QSpec, dequantize, fake_quantize
+from refquant.quant.affine import QParams, QSpec, dequantize, fake_quantize
 from refquant.quant.calibrate import Calibration, CalibrationConfig
 from refquant.quant.methods import METHODS
 from refquant.quant.observers import minmax
 from refquant.quant.quantized import load_quantized
-from refquant.quant.wrap import wrap
+from refquant.quant.wrap import CodedWeight, wrap
 from refquant.threads import using_threads
 
 
@@ -142,3 +142,15 @@ def test_errors_name_what_is_allowed(model, calibration):
     layer = wrap(model.network)[1]["conv_in"]
     with pytest.raises(ShapeError, match="conv_in"):
         layer.set_codes(np.zeros((2, 3, 3, 1), np.int8), minmax(np.zeros((2, 3, 3, 1)), QSpec(8, True, axis=0)))
+
+
+def test_float_weights_are_made_when_they_are_asked_for():
+    """Codes are what a layer has; an integer network never pays for float32 beside them."""
+    codes = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+    q = QParams(np.array([0.5, 1, 2], np.float32), np.zeros(3, np.int32), QSpec(4, signed=True, axis=0))
+    weight = CodedWeight(codes, q)
+    assert weight.shape == (3, 4) and weight._floats is None
+    np.testing.assert_array_equal(weight.data, dequantize(codes, q))
+    assert weight.data is weight.data and weight.dtype == np.float32
+    weight.data = weight.data.astype(np.float64)
+    assert weight.dtype == np.float64
