@@ -31,8 +31,7 @@
 #include "impl.h"
 #include "islands.h"
 
-/* sqrt of a number that is not negative, rounded once, without the C library. */
-static double square_root(double x)
+double rq_square_root(double x)
 {
 #if defined(__x86_64__)
     const __m128d v = _mm_set_sd(x);
@@ -92,10 +91,10 @@ void rq_normalise_image(struct rq_island *j, int64_t n)
     j->isa->squares(x, j->count, period, offset, sums);
     means_of_groups(j, sums, group);
     const double divisor = j->f.codes && !j->f.silu ? j->f.unit : 1; /* SiLU divides by the scale itself */
-    const double reach = square_root((double)(j->count / j->groups));
+    const double reach = rq_square_root((double)(j->count / j->groups));
     int tame = 1;
     for (int64_t g = 0; g < j->groups; g++) {
-        const double deviation = square_root(group[g] + j->number), x0 = x[g * (j->c / j->groups)];
+        const double deviation = rq_square_root(group[g] + j->number), x0 = x[g * (j->c / j->groups)];
         tame &= x0 < 4096 * deviation && x0 > -4096 * deviation;
         group[g] = 1 / (deviation * divisor);
     }
