@@ -7,9 +7,10 @@
  * Conditions (shift, scale, gate) are vectors of D numbers for each image, `stride` numbers apart: one row of them
  * holds those of all blocks.
  *
- * Layer norm. z = (x - m) r factor[p] + offset[p] with factor = (1 + gamma) / unit and offset = beta / unit, all in
- * double; x - m is at most sqrt(D) deviations, and each of five roundings loses 2^-53 of its result: z is within
- * sqrt(D) 2^-50 |1 + gamma| + 2^-53 |beta| of exact, far below a step's 2e-6 and float32's half ulp.
+ * Layer norm. z = (x - x0 - m) r factor[p] + offset[p] with factor = (1 + gamma) / unit and offset = beta / unit, all
+ * in double. x - x0 is at most 2 sqrt(D) deviations; m loses at most D / 16 + 5 roundings of that, 2^-53 each, and the
+ * rest a handful: z is within (D / 16 + 10) sqrt(D) 2^-52 |1 + gamma| + 2^-51 |beta| of exact, for D up to 1000 less
+ * than 2^-40 (|1 + gamma| + |beta|).
  */
 #include <stddef.h>
 #include <string.h>

@@ -1,6 +1,7 @@
 /* islands_tokens_body.h - the islands of a transformer, in the words of islands_body.h, which is included before.
  *
- *     layer norm       z = (x - m) r factor[p] + offset[p]       m, r = 1 / sqrt(v + eps) of each token, p its feature
+ *     layer norm       z = (x - x0 - m) r factor[p] + offset[p]       x0: the token's first number, m the mean of
+ *                      x - x0, r = 1 / sqrt(v + eps); p: the feature
  *     GELU             y = x / (1 + e^-w),  w = 2 sqrt(2/pi) (x + 0.044715 x^3)
  *     two signs        GELU, with a step of its own for y >= 0 and for y < 0: two codes, one of which is 0
  *     gated sum        y = x + gate[p] h, in float32, rounded twice: what NumPy gives
@@ -12,9 +13,10 @@
 
 /* ------------------------------------------------------------------ layer norm */
 
-/* The sum of x[i] - shift, or of its square, over a token: 16 sums, the end in plain C, halves added to halves. */
-RQ_INLINE double sum_token(const float *x, int64_t d, double shift, int squared)
+/* The sum of d = x[i] - x0 over a token, or of (d - mean)^2: 16 sums, the end in plain C, halves added to halves. */
+RQ_INLINE double sum_token(const float *x, int64_t d, double mean, int squared)
 {
+    const double x0 = x[0];
     wide sum[VECTORS];
     double lanes[RQ_BLOCK];
     RQ_UNROLL
@@ -24,9 +26,9 @@ RQ_INLINE double sum_token(const float *x, int64_t d, double shift, int squared)
     for (; i + RQ_BLOCK <= d; i += RQ_BLOCK) {
         RQ_UNROLL
         for (int v = 0; v < VECTORS; v++) {
-            wide term = load_floats(x + i + v * LANES);
+            wide term = load_floats(x + i + v * LANES) - all(x0);
             if (squared) {
-                term = term - all(shift);
+                term = term - all(mean);
                 term = term * term;
             }
             sum[v] = sum[v] + term;
@@ -35,8 +37,8 @@ RQ_INLINE double sum_token(const float *x, int64_t d, double shift, int squared)
     for (int v = 0; v < VECTORS; v++)
         store(lanes + v * LANES, sum[v]);
     for (int lane = 0; i < d; i++, lane++) {
-        const double term = squared ? ((double)x[i] - shift) * ((double)x[i] - shift) : (double)x[i];
-        lanes[lane] += term;
+        const double term = (double)x[i] - x0, rest = term - mean;
+        lanes[lane] += squared ? rest * rest : term;
     }
     for (int half = RQ_BLOCK / 2; half > 0; half /= 2)
         for (int lane = 0; lane < half; lane++)
@@ -44,7 +46,8 @@ RQ_INLINE double sum_token(const float *x, int64_t d, double shift, int squared)
     return lanes[0];
 }
 
-/* Mean and variance of each token. Equal numbers have the variance 0: their sum is exact. */
+/* Mean of x - x0, and variance, of each token. Why x0: the sums are of numbers as large as the token's spread, not as
+ * its distance from 0, and equal numbers have exactly the variance 0. */
 static void moments(const float *x, int64_t tokens, int64_t d, double *mean, double *variance)
 {
     for (int64_t t = 0; t < tokens; t++, x += d) {
@@ -53,14 +56,14 @@ static void moments(const float *x, int64_t tokens, int64_t d, double *mean, dou
     }
 }
 
-RQ_INLINE void modulate_block(const float *x, double mean, double rstd, const double *factor, const double *offset,
+RQ_INLINE void modulate_block(const float *x, double x0, double mean, double rstd, const double *factor, const double *offset,
                               const struct rq_pointwise *f, int codes, void *out)
 {
     wide y[VECTORS];
     RQ_UNROLL
     for (int v = 0; v < VECTORS; v++) {
         const int at = v * LANES;
-        const wide normed = (load_floats(x + at) - all(mean)) * all(rstd);
+        const wide normed = (load_floats(x + at) - all(x0) - all(mean)) * all(rstd);
         y[v] = normed * load(factor + at) + load(offset + at);
         if (codes)
             y[v] = limited(y[v], f);
@@ -77,11 +80,11 @@ RQ_INLINE void modulate_tokens(const float *x, int64_t tokens, int64_t d, const 
     for (int64_t t = 0; t < tokens; t++, x += d, out += d * size) {
         int64_t i = 0;
         for (; i + RQ_BLOCK <= d; i += RQ_BLOCK)
-            modulate_block(x + i, mean[t], rstd[t], factor + i, offset + i, f, codes, out + i * size);
+            modulate_block(x + i, x[0], mean[t], rstd[t], factor + i, offset + i, f, codes, out + i * size);
         if (i < d) {
             float in[RQ_BLOCK] = {0}, end[RQ_BLOCK];
             memcpy(in, x + i, (size_t)(d - i) * sizeof *in);
-            modulate_block(in, mean[t], rstd[t], factor + i, offset + i, f, codes, end);
+            modulate_block(in, x[0], mean[t], rstd[t], factor + i, offset + i, f, codes, end);
             memcpy(out + i * size, end, (size_t)((d - i) * size));
         }
     }
