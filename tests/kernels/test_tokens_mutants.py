@@ -26,6 +26,7 @@ def battery():
     gelu_check(np.float32([-3e38, -1000, 1000, 3e38]))
     gelu_check(np.linspace(0, 5, 20_003, dtype=np.float32), scale=5 / 255, zero_point=0)
     signs_check(rng.normal(-0.5, 2, (70, 49)).astype(np.float32))
+    signs_check(rng.normal(-0.5, 2, (7, 49)).astype(np.float32), 0.003, 0.0003)  # both saturate
     for spread in (0.5, 4):
         regions_check(rng.normal(0, spread, (40, 49)).astype(np.float32))
     regions_check(np.log(np.float32([[0.25, 0.75], [0.2499, 0.7501]])), bits=4, shift=2)
