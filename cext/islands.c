@@ -16,10 +16,8 @@
 #include "islands.h"
 
 enum {
-    MOST = 1 << 30,        /* of any size */
-    CHEAP_BELOW = 65536,   /* elements, some 10 microseconds where there is no e^x: not worth a team */
-    COSTLY_BELOW = 8192,   /* the same where there is one */
-    STAGED_FROM = 32768    /* elements of an image, some 40 microseconds: worth three meetings of the team */
+    MOST = 1 << 30,      /* of any size */
+    STAGED_FROM = 32768  /* elements of an image, some 40 microseconds: worth three meetings of the team */
 };
 static const int64_t MOST_ELEMENTS = (int64_t)1 << 44;
 
@@ -32,7 +30,7 @@ static void work(void *context, int who)
         j->unit(j, unit);
 }
 
-static int run(struct rq_island *j, int threads, int64_t elements, int64_t alone_below)
+int rq_island_run(struct rq_island *j, int threads, int64_t elements, int64_t alone_below)
 {
     atomic_init(&j->next, 0);
     atomic_init(&j->status, RQ_OK);
@@ -42,8 +40,7 @@ static int run(struct rq_island *j, int threads, int64_t elements, int64_t alone
 
 void rq_island_failed(struct rq_island *j, int status) { atomic_store(&j->status, status); }
 
-/* What the kernel of a row has for islands, by what it needs; NULL: this processor cannot run the row. */
-static const struct rq_islands *islands_of(int row)
+const struct rq_islands *rq_islands_of(int row)
 {
     const struct rq_kernel *kernel = rq_kernel_row(row);
     if (!kernel || (kernel->needs & ~rq_cpu_features()))
@@ -59,14 +56,13 @@ static const struct rq_islands *islands_of(int row)
 
 static int is_size(int64_t size) { return size >= 0 && size <= MOST; }
 
-/* Is a * b * c a number of elements? */
-static int is_volume(int64_t a, int64_t b, int64_t c)
+int rq_is_volume(int64_t a, int64_t b, int64_t c)
 {
     return is_size(a) && is_size(b) && is_size(c) && (double)a * (double)b * (double)c <= (double)MOST_ELEMENTS;
 }
 
-/* The output stage; a wrong scale, zero point or number of codes is found here. NaN fails each comparison. */
-static int prepare(struct rq_island *j, int kind, float scale, int32_t zero_point, int32_t qmax)
+/* NaN fails each comparison. */
+int rq_island_stage(struct rq_island *j, int kind, float scale, int32_t zero_point, int32_t qmax)
 {
     if (kind != RQ_FLOAT32 && kind != RQ_UINT8)
         return RQ_ERR_RANGE;
@@ -96,16 +92,16 @@ static int in_stages(struct rq_island *j, int threads)
             return RQ_ERR_MEMORY;
         j->units = blocks;
         j->unit = rq_sum_block;
-        run(j, threads, j->count, 0);
+        rq_island_run(j, threads, j->count, 0);
         rq_centre(j);
         j->unit = rq_square_block;
-        run(j, threads, j->count, 0);
+        rq_island_run(j, threads, j->count, 0);
         rq_know_image(j);
         status = atomic_load(&j->status);
         j->units = rq_map_chunks(j);
         j->unit = rq_map_chunk;
         if (status == RQ_OK)
-            status = run(j, threads, j->count, 0);
+            status = rq_island_run(j, threads, j->count, 0);
     }
     return status;
 }
@@ -114,13 +110,13 @@ int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixel
                   const float *gamma, const float *beta, double eps, int silu, int kind, float scale,
                   int32_t zero_point, int32_t qmax, void *y)
 {
-    struct rq_island j = {.isa = islands_of(row), .unit = rq_normalise_image, .x = x, .y = (uint8_t *)y, .c = c,
+    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_normalise_image, .x = x, .y = (uint8_t *)y, .c = c,
                        .groups = groups, .gamma = gamma, .beta = beta, .number = eps};
     if (!j.isa)
         return RQ_ERR_KERNEL;
-    if (!is_volume(n, pixels, c) || groups < 1 || c % groups != 0)
+    if (!rq_is_volume(n, pixels, c) || groups < 1 || c % groups != 0)
         return RQ_ERR_SIZE;
-    const int status = prepare(&j, kind, scale, zero_point, qmax);
+    const int status = rq_island_stage(&j, kind, scale, zero_point, qmax);
     if (status != RQ_OK)
         return status;
     if (!(eps >= 0x1p-1022 && eps <= 0x1p512))
@@ -137,18 +133,18 @@ int rq_group_norm(int row, int threads, const float *x, int64_t n, int64_t pixel
         j.f.period += c;
     if (n < threads && j.count >= STAGED_FROM)
         return in_stages(&j, threads);
-    return run(&j, threads, n * j.count, COSTLY_BELOW);
+    return rq_island_run(&j, threads, n * j.count, RQ_COSTLY_BELOW);
 }
 
 int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, int kind, float scale,
                 int32_t zero_point, int32_t qmax, void *y)
 {
-    struct rq_island j = {.isa = islands_of(row), .unit = rq_make_codes, .count = count, .x = x, .y = y};
+    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_make_codes, .count = count, .x = x, .y = y};
     if (!j.isa)
         return RQ_ERR_KERNEL;
     if (count < 0 || count > MOST_ELEMENTS)
         return RQ_ERR_SIZE;
-    const int status = silu || kind == RQ_UINT8 ? prepare(&j, kind, scale, zero_point, qmax) : RQ_ERR_RANGE;
+    const int status = silu || kind == RQ_UINT8 ? rq_island_stage(&j, kind, scale, zero_point, qmax) : RQ_ERR_RANGE;
     if (status != RQ_OK)
         return status;
     if (count == 0)
@@ -157,19 +153,19 @@ int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, i
         return RQ_ERR_NULL;
     j.f.silu = silu != 0;
     j.units = (count + RQ_CHUNK - 1) / RQ_CHUNK;
-    return run(&j, threads, count, silu ? COSTLY_BELOW : CHEAP_BELOW);
+    return rq_island_run(&j, threads, count, silu ? RQ_COSTLY_BELOW : RQ_CHEAP_BELOW);
 }
 
 int rq_softmax(int row, int threads, const void *scores, int ints, double factor, int64_t lines, int64_t length,
                int kind, float scale, int32_t qmax, void *y)
 {
-    struct rq_island j = {.isa = islands_of(row), .unit = rq_share_line, .units = lines, .count = length, .x = scores,
+    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_share_line, .units = lines, .count = length, .x = scores,
                        .y = y, .number = factor, .ints = ints};
     if (!j.isa)
         return RQ_ERR_KERNEL;
-    if (!is_volume(lines, length, 1))
+    if (!rq_is_volume(lines, length, 1))
         return RQ_ERR_SIZE;
-    const int status = prepare(&j, kind, scale, 0, qmax);
+    const int status = rq_island_stage(&j, kind, scale, 0, qmax);
     if (status != RQ_OK)
         return status;
     if (!(factor >= 0x1p-1022 && factor <= 0x1p512)) /* times a difference of scores, finite */
@@ -178,31 +174,31 @@ int rq_softmax(int row, int threads, const void *scores, int ints, double factor
         return RQ_OK;
     if (!scores || !y)
         return RQ_ERR_NULL;
-    return run(&j, threads, lines * length, COSTLY_BELOW);
+    return rq_island_run(&j, threads, lines * length, RQ_COSTLY_BELOW);
 }
 
 int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width, int64_t pixel_bytes, void *y)
 {
     struct rq_island j = {.unit = rq_double_line, .units = lines, .x = x, .y = y, .c = pixel_bytes, .width = width};
-    if (!is_volume(lines, width, pixel_bytes))
+    if (!rq_is_volume(lines, width, pixel_bytes))
         return RQ_ERR_SIZE;
     if (lines == 0 || width == 0 || pixel_bytes == 0)
         return RQ_OK;
     if (!x || !y)
         return RQ_ERR_NULL;
-    return run(&j, threads, lines * width * pixel_bytes, CHEAP_BELOW);
+    return rq_island_run(&j, threads, lines * width * pixel_bytes, RQ_CHEAP_BELOW);
 }
 
 int rq_concat(int threads, const float *a, const float *b, int64_t pixels, int64_t ca, int64_t cb, float *y)
 {
     struct rq_island j = {.unit = rq_concat_chunk, .count = pixels, .x = a, .other = b, .y = (uint8_t *)y, .c = ca,
                        .width = cb};
-    if (!is_volume(pixels, ca, 1) || !is_volume(pixels, cb, 1))
+    if (!rq_is_volume(pixels, ca, 1) || !rq_is_volume(pixels, cb, 1))
         return RQ_ERR_SIZE;
     if (pixels == 0 || ca + cb == 0)
         return RQ_OK;
     if ((ca > 0 && !a) || (cb > 0 && !b) || !y)
         return RQ_ERR_NULL;
     j.units = (pixels + RQ_PIXELS - 1) / RQ_PIXELS;
-    return run(&j, threads, pixels * (ca + cb), CHEAP_BELOW);
+    return rq_island_run(&j, threads, pixels * (ca + cb), RQ_CHEAP_BELOW);
 }

@@ -26,6 +26,10 @@ struct rq_pointwise {
     int codes;       /* y is rounded to a code; else it is stored as float32 */
     double unit;     /* the scale of the codes, or 1 */
     int zero_point, qmax;
+    /* softmax: 0, or the flag of codes from `split` steps on, which are counted in coarse steps, 1 / ratio each;
+     * GELU of two signs: a step of positive numbers over one of negative numbers */
+    int flag;
+    double split, ratio;
 };
 
 /* Each function reads and writes exactly the elements that it is given. The int is 0, or 1 where there
@@ -44,6 +48,12 @@ struct rq_islands {
     /* softmax of scale * scores (float32, or int32 if `ints`); room: `count` doubles, rounded up to a block */
     int (*softmax)(const void *scores, int ints, int64_t count, double scale, const struct rq_pointwise *f,
                    double *room, void *out);
+    /* of transformers: see islands_tokens_body.h */
+    void (*moments)(const float *x, int64_t tokens, int64_t d, double *mean, double *variance);
+    void (*modulate)(const float *x, int64_t tokens, int64_t d, const double *mean, const double *rstd,
+                     const double *factor, const double *offset, const struct rq_pointwise *f, void *out);
+    int (*gelu)(const float *x, int64_t count, const struct rq_pointwise *f, uint8_t *out, uint8_t *down);
+    void (*gated_add)(const float *x, const float *gate, const float *h, int64_t tokens, int64_t d, float *out);
 };
 
 extern const struct rq_islands rq_islands_scalar, rq_islands_avx2, rq_islands_avx512;
@@ -62,7 +72,7 @@ struct rq_island {
     uint8_t *y;
     int64_t y_size;        /* bytes of an element of y */
     struct rq_pointwise f;
-    int64_t c, groups, width;
+    int64_t c, groups, width, stride, parts;
     const float *gamma, *beta;
     double number;         /* eps of group norm, scale of the scores */
     int ints;
@@ -85,5 +95,20 @@ void rq_make_codes(struct rq_island *j, int64_t chunk);
 void rq_concat_chunk(struct rq_island *j, int64_t chunk);
 void rq_double_line(struct rq_island *j, int64_t line);
 void rq_island_failed(struct rq_island *j, int status);
+
+enum {
+    RQ_CHEAP_BELOW = 65536,   /* elements, some 10 microseconds where there is no e^x: not worth a team */
+    RQ_COSTLY_BELOW = 8192    /* the same where there is one */
+};
+/* What the kernel of a row has for islands, by what it needs; NULL: this processor cannot run the row. */
+const struct rq_islands *rq_islands_of(int row);
+/* Is a * b * c a number of elements? */
+int rq_is_volume(int64_t a, int64_t b, int64_t c);
+/* The output stage of a call; a wrong scale, zero point or number of codes is found here. */
+int rq_island_stage(struct rq_island *j, int kind, float scale, int32_t zero_point, int32_t qmax);
+/* Do the units, on a team if there are so many elements. */
+int rq_island_run(struct rq_island *j, int threads, int64_t elements, int64_t alone_below);
+/* sqrt of a number that is not negative, rounded once, without the C library. */
+double rq_square_root(double x);
 
 #endif

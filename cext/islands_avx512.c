@@ -28,6 +28,11 @@ RQ_INLINE void store_floats(float *p, wide x) { _mm256_storeu_ps(p, _mm512_cvtpd
 RQ_INLINE wide least(wide a, wide b) { return _mm512_min_pd(a, b); }
 RQ_INLINE wide most(wide a, wide b) { return _mm512_max_pd(a, b); }
 
+RQ_INLINE wide where_at_least(wide x, double least, wide then, wide other)
+{
+    return _mm512_mask_blend_pd(_mm512_cmp_pd_mask(x, _mm512_set1_pd(least), _CMP_GE_OQ), other, then);
+}
+
 /* p * 2^k, k being the low bits of t: added to the exponent of p. */
 RQ_INLINE wide times_power(wide p, wide t)
 {
@@ -60,8 +65,10 @@ RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
 }
 
 #include "islands_body.h"
+#include "islands_tokens_body.h"
 
-const struct rq_islands rq_islands_avx512 = {sums, squares, pointwise, quantize, softmax};
+const struct rq_islands rq_islands_avx512 = {sums, squares, pointwise, quantize, softmax,
+                                             moments, modulate, gelu, gated_add};
 
 RQ_TARGET_END
 

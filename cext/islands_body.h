@@ -188,7 +188,9 @@ RQ_INLINE void share_block(const double *e, double factor, const struct rq_point
     RQ_UNROLL
     for (int v = 0; v < VECTORS; v++) {
         y[v] = load(e + v * LANES) * all(factor);
-        if (codes)
+        if (codes && f->flag) /* the flag is even: it moves no tie */
+            y[v] = where_at_least(y[v], f->split, limited(y[v] * all(f->ratio), f) + all(f->flag), y[v]);
+        else if (codes)
             y[v] = limited(y[v], f);
     }
     store_block(out, y, f, codes);

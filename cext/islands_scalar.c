@@ -25,6 +25,8 @@ RQ_INLINE void store_floats(float *p, wide x) { *p = (float)x; }
 RQ_INLINE wide least(wide a, wide b) { return a < b ? a : b; }
 RQ_INLINE wide most(wide a, wide b) { return a > b ? a : b; }
 
+RQ_INLINE wide where_at_least(wide x, double least, wide then, wide other) { return x >= least ? then : other; }
+
 /* p * 2^k, k being the low bits of t: added to the exponent of p. */
 RQ_INLINE wide times_power(wide p, wide t)
 {
@@ -64,5 +66,7 @@ RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
 }
 
 #include "islands_body.h"
+#include "islands_tokens_body.h"
 
-const struct rq_islands rq_islands_scalar = {sums, squares, pointwise, quantize, softmax};
+const struct rq_islands rq_islands_scalar = {sums, squares, pointwise, quantize, softmax,
+                                             moments, modulate, gelu, gated_add};

@@ -31,8 +31,7 @@
 #include "impl.h"
 #include "islands.h"
 
-/* sqrt of a number that is not negative, rounded once, without the C library. */
-static double square_root(double x)
+double rq_square_root(double x)
 {
 #if defined(__x86_64__)
     const __m128d v = _mm_set_sd(x);
@@ -101,10 +100,10 @@ static int know(const struct rq_island *j, const float *x, const struct rq_momen
     double *const group = m->group, *const slope = m->slope, *const offset = m->offset;
     means_of_groups(j, m->sums, group);
     const double divisor = j->f.codes && !j->f.silu ? j->f.unit : 1; /* SiLU divides by the scale itself */
-    const double reach = square_root((double)(j->count / j->groups));
+    const double reach = rq_square_root((double)(j->count / j->groups));
     int tame = 1;
     for (int64_t g = 0; g < j->groups; g++) {
-        const double deviation = square_root(group[g] + j->number), x0 = x[g * (j->c / j->groups)];
+        const double deviation = rq_square_root(group[g] + j->number), x0 = x[g * (j->c / j->groups)];
         tame &= x0 < 4096 * deviation && x0 > -4096 * deviation;
         group[g] = 1 / (deviation * divisor);
     }

@@ -154,9 +154,32 @@ int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, i
                 int32_t zero_point, int32_t qmax, void *y);
 int rq_softmax(int row, int threads, const void *scores, int ints, double factor, int64_t lines, int64_t length,
                int kind, float scale, int32_t qmax, void *y);
+/* softmax to the codes of two regions, as rq_products reads them: region_bits = bits, region_shift = shift */
+int rq_softmax_regions(int row, int threads, const float *scores, double factor, int64_t lines, int64_t length,
+                       int bits, int shift, uint8_t *y);
 int rq_upsample_nearest(int threads, const void *x, int64_t lines, int64_t width, int64_t pixel_bytes, void *y);
 /* y[p] = a[p], b[p]: `pixels` pixels of ca and cb channels side by side. */
 int rq_concat(int threads, const float *a, const float *b, int64_t pixels, int64_t ca, int64_t cb, float *y);
+
+/* The float islands of a transformer (islands_tokens.c). x (n, tokens, d); what is gamma, beta or gate of image i begins
+ * at element i * stride. In rq_gated_add, y may be x or h.
+ *     rq_layer_norm      (x - mean) / sqrt(variance + eps) (1 + gamma) + beta, over d
+ *     rq_gated_add       x + gate h
+ *     rq_gelu_signs      GELU of x (rows, width), to codes (rows, 2 width): steps of `positive` of what is not below 0,
+ *                        then steps of `negative` of what is, limited to qmax
+ *     rq_quantize_parts  codes of x (rows, count, width), each part with its own scale and zero point */
+struct rq_part { float scale; int32_t zero_point, qmax; };
+int rq_layer_norm(int row, int threads, const float *x, int64_t n, int64_t tokens, int64_t d, const float *gamma,
+                  const float *beta, int64_t stride, double eps, int kind, float scale, int32_t zero_point,
+                  int32_t qmax, void *y);
+int rq_gated_add(int row, int threads, const float *x, const float *gate, int64_t stride, const float *h, int64_t n,
+                 int64_t tokens, int64_t d, float *y);
+int rq_gelu(int row, int threads, const float *x, int64_t count, int kind, float scale, int32_t zero_point,
+            int32_t qmax, void *y);
+int rq_gelu_signs(int row, int threads, const float *x, int64_t rows, int64_t width, float positive, float negative,
+                  int32_t qmax, uint8_t *y);
+int rq_quantize_parts(int row, int threads, const float *x, int64_t rows, int64_t count, int64_t width,
+                      const struct rq_part *parts, uint8_t *y);
 
 /* cffi: end */
 

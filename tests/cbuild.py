@@ -58,3 +58,48 @@ class Core:
     def _call(self, *command):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+class Library:
+    """The C core as a shared library that Python opens beside the module: what mutants are linked with.
+
+    Compiled once; a variant compiles the files that its change is in, and is a library of its own.
+    """
+
+    def __init__(self, folder, compiler):
+        self._folder = folder
+        self._cc = [compiler, *(flag for flag in build_ext().FLAGS if flag != "-O3"), "-O1", "-fPIC"]
+        for path in CEXT.glob("*.[ch]"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        self._objects = {path.name: self._compile(path) for path in sorted(folder.glob("*.c"))}
+        self._opened = []  # a closed one would take the code of its thread team with it
+
+    def open(self, file=None, *changes, compiled=()):
+        """Return (ffi, lib) of the core with pairs (old, new) of text exchanged in `file`, which `compiled` include."""
+        objects = dict(self._objects)
+        if file is not None:
+            path = self._folder / file
+            text = changed = path.read_text(encoding="utf-8")
+            for old, new in changes:
+                assert old in changed, f"{file} no longer has {old!r}: choose another mutant"
+                changed = changed.replace(old, new)
+            path.write_text(changed, encoding="utf-8")
+            objects |= {name: self._compile(self._folder / name, "mutant ") for name in compiled or (file,)}
+            path.write_text(text, encoding="utf-8")
+        library = self._folder / f"{len(list(self._folder.glob('*.so')))}.so"  # an opened one must not change
+        self._call(*self._cc, "-shared", *objects.values(), "-o", library)
+        from cffi import FFI
+
+        ffi = FFI()
+        ffi.cdef(build_ext().cdef((CEXT / "refquant.h").read_text(encoding="utf-8")))
+        self._opened.append(ffi.dlopen(str(library)))
+        return ffi, self._opened[-1]
+
+    def _compile(self, source, prefix=""):
+        target = self._folder / f"{prefix}{source.stem}.o"
+        self._call(*self._cc, "-c", source, "-o", target)
+        return target
+
+    def _call(self, *command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -23,28 +23,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import LoweringError
-from ..kernels import Dequantize, pack_weights
+from ..nn.dit import DiT
 from ..nn.layers import Conv2d, GroupNorm
-from ..nn.unet import AttentionBlock, Level, ResBlock, UNet
-from ..quant.affine import QParams
+from ..nn.unet import AttentionBlock, Level, ResBlock
 from ..quant.quantized import QuantizedModel
 from ..quant.split import SplitConv
 from ..quant.temporal import features
 from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
-from ..ref import max_k
+from .lower_dit import TransformerLowering
+from .lowering import Lowering, scales_of
 from .program import (
     Concat,
     Convolve,
     Encode,
     Mix,
     Norm,
-    Operation,
     Pad,
     Probabilities,
     Program,
     Scores,
     Upsample,
-    Value,
 )
 
 
@@ -61,23 +59,17 @@ def lower(model: QuantizedModel) -> Program:
     -------
     Program
     """
-    return _Lowering(model).program()
+    if isinstance(model.network, DiT):
+        return TransformerLowering(model).program()
+    return _UNetLowering(model).program()
 
 
-class _Lowering:
+class _UNetLowering(Lowering):
     """Walks through the network as its forward pass does, and writes down operations instead of computing."""
 
     def __init__(self, model: QuantizedModel) -> None:
-        if not isinstance(model.network, UNet):
-            raise LoweringError(
-                f"{model.base.name} has no integer form yet: it is a {type(model.network).__name__}, no UNet."
-            )
-        self.model, self.network = model, model.network
-        self.timesteps = model.timesteps()
+        super().__init__(model)
         self.rows = self._temporal_rows()
-        self.names = {id(module): name for name, module in self.network.named_modules()}
-        self.values: list[Value] = []
-        self.operations: list[Operation] = []
         self.encoded: dict[tuple[Any, ...], int] = {}
 
     def program(self) -> Program:
@@ -156,9 +148,7 @@ class _Lowering:
         rows: NDArray[np.float32] | None = None, residual: int | None = None, upsample: bool = False,
     ) -> int:  # fmt: skip
         """Encode the input of a convolution, and convolve."""
-        if layer.weight_qparams is None or layer.codes is None:
-            raise LoweringError(f"{layer.name} has no integer form: its weight is float. Quantize it (coverage full).")
-        conv = layer.layer
+        packed, conv = self._packed(layer), layer.layer
         assert isinstance(conv, Conv2d)
         quantizers = self._params(layer.input)
         codes = self._encode(layer.input, x, norm, silu)
@@ -167,20 +157,8 @@ class _Lowering:
             wide = self._value(f"{layer.name}.upsampled", (2 * h, 2 * w, c), codes=True)
             self.operations.append(Upsample(codes, wide))
             codes = wide
-        w_q = layer.weight_qparams
-        self._check_length(layer.name, layer.codes[0].size)
-        if not w_q.zero_is_exact:
-            raise LoweringError(f"{layer.name} has no integer form: a zero point of its weight is no code.")
         biases = conv.bias.data[None] if rows is None else conv.bias.data + rows
-        steps = max(len(quantizers), len(biases))
-        one = np.float32
-        outputs = tuple(
-            Dequantize(
-                (one(quantizers[s % len(quantizers)].scale) * w_q.scale).astype(one),
-                np.ascontiguousarray(biases[s % len(biases)]),
-            )
-            for s in range(steps)
-        )
+        outputs = self._outputs(layer, scales_of(quantizers), biases)
         zero_points = tuple(int(q.zero_point) for q in quantizers)
         padding = conv.pads[0]
         if len(set(conv.pads)) > 1:
@@ -190,13 +168,8 @@ class _Lowering:
         size = ((n + 2 * padding - kernel) // conv.stride + 1 for n in (h, w))
         out = self._value(layer.name, (*size, len(layer.codes)))
         self.operations.append(
-            Convolve(
-                codes, out, layer.name,
-                pack_weights(layer.codes.astype(np.int8), bits=4 if w_q.spec.bits <= 4 else 8,
-                             zero_point=w_q.zero_point),
-                zero_points, outputs, conv.stride, padding, residual,
-            )
-        )  # fmt: skip
+            Convolve(codes, out, layer.name, packed, zero_points, outputs, conv.stride, padding, residual)
+        )
         return out
 
     def _pad(self, x: int, pads: tuple[int, int, int, int], zero_points: tuple[int, ...]) -> int:
@@ -217,23 +190,6 @@ class _Lowering:
             fused = None if norm is None else Norm(norm.weight.data, norm.bias.data, norm.groups, norm.eps)
             self.operations.append(Encode(x, self.encoded[key], found, fused, silu))
         return self.encoded[key]
-
-    def _params(self, quantizer: ActivationQuantizer) -> tuple[QParams, ...]:
-        if quantizer.qparams is None:
-            raise LoweringError(f"{quantizer.name} has no integer form: it is float. Quantize it (coverage full).")
-        table, steps = quantizer.table, range(len(self.timesteps))
-        found = [quantizer.qparams] if table is None else [table[step] for step in steps]
-        if not all(q.zero_is_exact for q in found):
-            raise LoweringError(f"{quantizer.name} has no integer form: its zero point is no code.")
-        return tuple(found)
-
-    def _check_length(self, name: str, k: int) -> None:
-        if k > max_k():
-            raise LoweringError(f"{name} has no integer form: {k} products could overflow int32; {max_k()} are safe.")
-
-    def _value(self, name: str, shape: tuple[int, ...], codes: bool = False) -> int:
-        self.values.append(Value(name, shape, codes))
-        return len(self.values) - 1
 
     def _temporal_rows(self) -> dict[str, NDArray[np.float32]]:
         """The temporal features (S, C_i) of every step, with the step's tables in force."""

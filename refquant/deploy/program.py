@@ -12,6 +12,8 @@ islands between them.
     Mix         codes of probabilities and v -> float
     Upsample    codes, each repeated twice in both directions
     Concat      float channels side by side
+
+Those of a transformer are in `program_dit`.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import RangeError
+from ..errors import RangeError, ShapeError
 from ..kernels import Dequantize, PackedWeights
 from ..quant.affine import QParams
+from .program_dit import TOKEN_INTEGER, TokenOperation
 
 Float32 = NDArray[np.float32]
 
@@ -145,9 +148,9 @@ class Concat:
     out: int
 
 
-Operation = Encode | Pad | Convolve | Scores | Probabilities | Mix | Upsample | Concat
-INTEGER = (Convolve, Scores, Mix)
-_READS = ("x", "y", "q", "k", "p", "v", "residual")
+Operation = Encode | Pad | Convolve | Scores | Probabilities | Mix | Upsample | Concat | TokenOperation
+INTEGER = (Convolve, Scores, Mix, *TOKEN_INTEGER)
+_READS = ("x", "y", "q", "k", "p", "v", "residual", "condition")
 
 
 def reads(operation: Operation) -> tuple[int, ...]:
@@ -173,11 +176,14 @@ class Program:
         In order of execution.
     timesteps : int64 array, (S,)
         t of each step.
+    classes : int
+        K of a conditional network, whose id K means "no class"; 0 for the others.
     """
 
     values: tuple[Value, ...]
     operations: tuple[Operation, ...]
     timesteps: NDArray[np.int64]
+    classes: int = 0
 
     def check_step(self, t: int, step: int) -> None:
         """Raise RangeError where the program was not lowered for this step."""
@@ -186,6 +192,19 @@ class Program:
                 f"step {step}, t = {t}: this program was made for {len(self.timesteps)} steps from "
                 f"t = {self.timesteps[0]} to {self.timesteps[-1]}. Sample with those, or lower the model again."
             )
+
+    def checked_classes(self, y: NDArray[np.integer] | None, images: int) -> NDArray[np.integer]:
+        """Class of each image, K for none; raise where y (N,) are no classes of this network."""
+        if y is None:
+            return np.full(images, self.classes)
+        y = np.asarray(y)
+        if not self.classes:
+            raise RangeError("this network is unconditional: it knows no classes. Leave y away.")
+        if y.shape != (images,) or y.dtype.kind not in "iu":
+            raise ShapeError(f"y is {y.dtype} {y.shape}; {images} images want integers ({images},).")
+        if y.min() < 0 or y.max() > self.classes:
+            raise RangeError(f"y is {y.tolist()}; classes are 0 to {self.classes - 1}, and {self.classes} is none.")
+        return y
 
     def describe(self) -> dict[str, int]:
         """How many operations there are of each kind, and how many of them are in integers."""

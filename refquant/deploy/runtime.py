@@ -31,6 +31,7 @@ from ..errors import ShapeError, UnknownNameError
 from ..kernels import Call
 from ..quant.quantized import QuantizedModel
 from ..threads import get_threads
+from . import runtime_dit
 from .lower import lower
 from .plan import plan
 from .program import Concat, Convolve, Encode, Mix, Operation, Pad, Probabilities, Program, Scores, Upsample, at
@@ -55,18 +56,29 @@ class Executor:
         self.program, self.engine = program, engine
         self._own = threading.local()
 
-    def __call__(self, x: NDArray[np.float32], step: int, trace: Trace | None = None) -> NDArray[np.float32]:
-        """Run one step on x (N, H, W, C) float32; the result is overwritten by this thread's next call."""
+    def __call__(
+        self,
+        x: NDArray[np.float32],
+        step: int,
+        trace: Trace | None = None,
+        *,
+        y: NDArray[np.integer] | None = None,
+    ) -> NDArray[np.float32]:
+        """Run one step on x (N, H, W, C) float32; the result is overwritten by this thread's next call.
+
+        Classes y (N,) are for conditional networks, K for "no class", which is also what all images are without y.
+        """
         want = self.program.values[0].shape
         if x.ndim != 4 or x.shape[1:] != want or x.dtype != np.float32 or len(x) == 0:
             raise ShapeError(f"the program wants float32 (N, {', '.join(map(str, want))}), got {x.dtype} {x.shape}.")
         with kernels.using("ref") if self.engine == "ref" else nullcontext():
             room = self._room(len(x))
             room.arrays[0][...] = x
+            room.classes[...] = self.program.checked_classes(y, len(x))
             if trace is None and step in room.steps:
                 kernels.repeat(room.steps[step])
             else:
-                room.steps[step] = self._record(room.arrays, step, trace)
+                room.steps[step] = self._record(room, step, trace)
         return room.arrays[self.program.operations[-1].out]
 
     def _room(self, images: int) -> _Room:
@@ -80,16 +92,17 @@ class Executor:
         rooms.move_to_end(key)
         return rooms[key]
 
-    def _record(self, arrays: list[NDArray[Any]], step: int, trace: Trace | None) -> list[Call]:
+    def _record(self, room: _Room, step: int, trace: Trace | None) -> list[Call]:
         """Run a step through all checks, and keep its calls."""
         with kernels.recording() as calls:
             for operation in self.program.operations:
-                self._run(operation, arrays, step)
+                self._run(operation, room, step)
                 if trace is not None:
-                    trace(self.program.values[operation.out].name, arrays[operation.out])
+                    trace(self.program.values[operation.out].name, room.arrays[operation.out])
         return calls
 
-    def _run(self, op: Operation, arrays: list[NDArray[Any]], step: int) -> None:
+    def _run(self, op: Operation, room: _Room, step: int) -> None:
+        arrays = room.arrays
         out = arrays[op.out]
         if isinstance(op, Encode):
             _encode(op, arrays[op.x].reshape(out.shape), step, out)
@@ -117,6 +130,8 @@ class Executor:
             kernels.upsample_nearest(arrays[op.x], out=out)
         elif isinstance(op, Concat):
             kernels.concat_channels(arrays[op.x], arrays[op.y], out=out)
+        else:
+            runtime_dit.run(op, arrays, room.classes, step)
 
 
 class _Room:
@@ -126,6 +141,8 @@ class _Room:
     ----------
     arrays : list of array
         The values of the program, views into the block.
+    classes : int64 array, (N,)
+        Of the images, where the network knows any.
     steps : dict of int to list of Call
         The recorded steps.
     """
@@ -139,6 +156,7 @@ class _Room:
             .reshape(images, *value.shape)
             for start, value in zip(offsets, program.values, strict=True)
         ]
+        self.classes = np.zeros(images, np.int64)
         self.steps: dict[int, list[Call]] = {}
 
 
@@ -188,10 +206,11 @@ class IntegerDenoiser:
         self.model, self.program = model, lower(model)
         self.executor = Executor(self.program, engine)
 
-    def __call__(self, x: Images, t: int, step: int) -> Images:
-        """Predict the noise in x (N, C, H, W) at this step of the sampler."""
+    def __call__(self, x: Images, t: int, step: int, y: NDArray[np.integer] | None = None) -> Images:
+        """Predict the noise in x (N, C, H, W), of images of the classes y (N,), at this step of the sampler."""
         self.program.check_step(t, step)
-        answer = self.executor(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), step).transpose(0, 3, 1, 2)
+        answer = self.executor(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), step, y=y).transpose(0, 3, 1, 2)
+        answer = answer[:, : x.shape[1]]  # further channels hold variances
         base = self.model.base
         if base.prediction == "eps":
             return answer.copy()

@@ -31,6 +31,14 @@ from ._islands import (
 )
 from ._peak import peak_gops
 from ._products import products
+from ._tokens import (
+    gated_add,
+    gelu_quantize,
+    gelu_quantize_signs,
+    layer_norm_modulate_quantize,
+    quantize_parts,
+    softmax_quantize_regions,
+)
 from ._verify import Verification, verify
 from ._weights import PackedWeights, pack_weights
 
@@ -46,16 +54,22 @@ __all__ = [
     "concat_channels",
     "conv2d",
     "fill",
+    "gated_add",
+    "gelu_quantize",
+    "gelu_quantize_signs",
     "gemm",
     "group_norm_silu_quantize",
+    "layer_norm_modulate_quantize",
     "pack_weights",
     "peak_gops",
     "products",
     "quantize",
+    "quantize_parts",
     "recording",
     "repeat",
     "silu_quantize",
     "softmax_quantize",
+    "softmax_quantize_regions",
     "supported",
     "upsample_nearest",
     "use",

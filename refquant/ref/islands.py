@@ -177,7 +177,7 @@ def group_norm_silu_quantize(
     d -= d.mean(axis=(1, 3), keepdims=True)
     d /= np.sqrt(np.square(d).mean(axis=(1, 3), keepdims=True) + eps)
     z = d.reshape(x.shape) * gamma.astype(np.float64) + beta.astype(np.float64)
-    return _finish(_silu(z) if silu else z, stage)
+    return finish(_silu(z) if silu else z, stage)
 
 
 def silu_quantize(x: Floats, *, scale: float | None = None, zero_point: int = 0, bits: int = 8) -> Result:
@@ -185,7 +185,7 @@ def silu_quantize(x: Floats, *, scale: float | None = None, zero_point: int = 0,
     check_floats("silu_quantize", x)
     stage = None if scale is None else check_codes("silu_quantize", scale, zero_point, bits)
     check_finite("silu_quantize", "x", x)
-    return _finish(_silu(x.astype(np.float64)), stage)
+    return finish(_silu(x.astype(np.float64)), stage)
 
 
 def softmax_quantize(scores: NDArray[Any], *, factor: float = 1.0, scale: float | None = None, bits: int = 8) -> Result:
@@ -199,7 +199,7 @@ def softmax_quantize(scores: NDArray[Any], *, factor: float = 1.0, scale: float 
     e = scores.astype(np.float64)
     with np.errstate(under="ignore"):
         e = np.exp((e - e.max(axis=-1, keepdims=True)) * factor)
-        return _finish(e / e.sum(axis=-1, keepdims=True), stage)
+        return finish(e / e.sum(axis=-1, keepdims=True), stage)
 
 
 def quantize(x: Floats, scale: float, zero_point: int = 0, *, bits: int = 8) -> NDArray[np.uint8]:
@@ -239,7 +239,7 @@ def _silu(z: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(z / (1 + np.exp(-z)))
 
 
-def _finish(y: NDArray[np.float64], stage: tuple[float, int, int] | None) -> Result:
+def finish(y: NDArray[np.float64], stage: tuple[float, int, int] | None) -> Result:
     """Round float64 once: to float32, or to codes."""
     if stage is None:
         with np.errstate(over="ignore", under="ignore"):

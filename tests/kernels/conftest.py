@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from cbuild import Core
+from cbuild import Core, Library
 
 from refquant import kernels
 
@@ -31,6 +31,13 @@ def compiler():
 def core(tmp_path_factory, compiler):
     """The C core; less optimized than the module, to be compiled in seconds."""
     return Core(tmp_path_factory.mktemp("core"), compiler, "-O1")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory, compiler):
+    """The C core as a library to be opened with mistakes in it."""
+    pytest.importorskip("cffi")
+    return Library(tmp_path_factory.mktemp("library"), compiler)
 
 
 def pytest_terminal_summary(terminalreporter):

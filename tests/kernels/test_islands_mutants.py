@@ -69,7 +69,7 @@ MEAN = "(float)(x[g * (j->c / j->groups)] + mean[g * (j->c / j->groups)])"
 MUTANTS = {  # name: (kernel, file, *pairs of text)
     "variance without mean subtraction, in float32": (
         "scalar", "islands_units.c", ("offset[p] = shift[p] + mean[p]", "offset[p] = 0"),
-        ("square_root(group[g] + j->number)", f"square_root((float)group[g] - {MEAN} * {MEAN} + j->number)"),
+        ("rq_square_root(group[g] + j->number)", f"rq_square_root((float)group[g] - {MEAN} * {MEAN} + j->number)"),
     ),
     "x0 is forgotten where it is large": ("scalar", "islands_units.c", ("tame &= x0 < 4096", "tame &= 1 || x0 < 4096")),
     "no limits where |z| is large": ("scalar", "islands_body.h", ("if (!tame)", "if (0)")),

@@ -1,10 +1,7 @@
 """The battery of the batched products must notice mistakes: products.c with one change each, compiled and run."""
 
-import subprocess
-
 import numpy as np
 import pytest
-from cbuild import CEXT, build_ext
 from guards import Guarded
 from products_judge import in_integers
 
@@ -54,42 +51,10 @@ MUTANTS = {  # name: (text, text instead)
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def build(tmp_path_factory, compiler):
-    """The rest of the core, compiled once; a function that adds products.c with changes and opens the library."""
-    cffi = pytest.importorskip("cffi")
-    folder = tmp_path_factory.mktemp("products")
-    cc = [compiler, *(flag for flag in build_ext().FLAGS if flag != "-O3"), "-O1", "-fPIC", "-I", CEXT]
-
-    def compile_one(source, name):
-        target = folder / f"{name}.o"
-        done = subprocess.run([*cc, "-c", source, "-o", target], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return target
-
-    rest = [compile_one(path, path.stem) for path in sorted(CEXT.glob("*.c")) if path.name != "products.c"]
-
-    def build(*change):
-        text = (CEXT / "products.c").read_text(encoding="utf-8")
-        if change:
-            assert change[0] in text, f"products.c no longer has {change[0]!r}: choose another mutant"
-            text = text.replace(*change)
-        source = folder / "mutant.c"
-        source.write_text(text, encoding="utf-8")
-        number = len(list(folder.glob("*.so")))  # a library of its own: an opened one must not change
-        library = folder / f"{number}.so"
-        subprocess.run([*cc, "-shared", *rest, compile_one(source, "mutant"), "-o", library], check=True)
-        ffi = cffi.FFI()
-        ffi.cdef(build_ext().cdef((CEXT / "refquant.h").read_text(encoding="utf-8")))
-        return ffi, ffi.dlopen(str(library))
-
-    return build
-
-
 @pytest.fixture
-def run_mutant(build, monkeypatch):
+def run_mutant(library, monkeypatch):
     def run(*change):
-        ffi, lib = build(*change)
+        ffi, lib = library.open("products.c", *([change] if change else []))
         monkeypatch.setattr(_products, "ffi", ffi)
         monkeypatch.setattr(_products, "lib", lib)
         with kernels.using("scalar"):

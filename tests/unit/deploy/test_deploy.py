@@ -4,7 +4,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from toys import tiny_dit
 
 from refquant import kernels
 from refquant.autograd import Tensor, no_grad
@@ -15,7 +14,6 @@ from refquant.deploy.runtime import BATCH_SIZES, ENGINES, Executor, IntegerDenoi
 from refquant.errors import LoweringError, RangeError, ShapeError, UnknownNameError
 from refquant.metrics import psnr
 from refquant.quant.affine import dequantize, quantize
-from refquant.quant.calibrate import Calibration, CalibrationConfig
 from refquant.quant.methods import METHODS
 from refquant.quant.reconstruct import ReconstructionConfig
 from refquant.quant.session import Session
@@ -193,12 +191,6 @@ def test_description_counts_integer_operations(quantized):
 def test_what_has_no_integer_form_is_refused_by_name(calibration, coverage, input_bits, first):
     model = METHODS["nearest"](Session(calibration, 8, input_bits, coverage=coverage))
     with pytest.raises(LoweringError, match=first):
-        lower(model)
-
-
-def test_transformers_are_refused_by_name():
-    model = METHODS["nearest"](Session(Calibration(tiny_dit(), CalibrationConfig(images=2, steps=2))))
-    with pytest.raises(LoweringError, match="tiny has no integer form yet: it is a DiT"):
         lower(model)
 
 
