@@ -90,8 +90,11 @@ for name in kernels.supported():
 # ```
 #
 # ```c
-# acc[i][q] = _mm256_add_epi32(acc[i][q], _mm256_madd_epi16(a, w[q]));
+# acc[i][q] = _mm256_add_epi32(acc[i][q], _mm256_madd_epi16(four, w[q]));
 # ```
+#
+# `a` is widened once for all outputs of a tile, and one load repeats four of its numbers. Widened where it is used, it
+# took two shuffles for each two products, and the ports that multiply waited for those that shuffle.
 #
 # In NumPy an instruction is a function of registers. The last axis is the register:
 
@@ -108,7 +111,7 @@ def gemm_avx2(a, b):
     """Four k and four outputs at a time; a: (M, K) uint8, b: (N, K) int8."""
     acc = np.zeros((len(a), len(b) // 4, 8), np.int32)  # two lanes for each output
     for k in range(0, a.shape[1], 4):
-        x = np.tile(a[:, k : k + 4], 4).astype(np.int16)  # (M, 16) vpbroadcastd, vpmovzxbw
+        x = np.tile(a[:, k : k + 4], 4).astype(np.int16)  # (M, 16) vpmovzxbw before, vbroadcastsd
         y = b[:, k : k + 4].astype(np.int16).reshape(-1, 16)  # (N / 4, 16) vpmovsxbw
         acc += vpmaddwd(x[:, None], y)
     return (acc[..., 0::2] + acc[..., 1::2]).reshape(len(a), len(b))  # once, at the end

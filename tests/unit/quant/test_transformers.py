@@ -8,6 +8,7 @@ from toys import CALIBRATION, TINY_DIT, tiny_dit, tiny_model, tiny_session
 
 from refquant.autograd import Tensor, no_grad, ops
 from refquant.errors import CheckpointError, RangeError
+from refquant.nn.module import Parameter
 from refquant.quant import activations
 from refquant.quant.affine import QSpec
 from refquant.quant.calibrate import Calibration, observe
@@ -208,7 +209,7 @@ def mixed(recorded):
 
 
 def replace_weight(layer, weight):
-    layer.weight = type(layer.weight)(weight)
+    layer.weight = Parameter(weight)
     return layer
 
 
