@@ -58,11 +58,8 @@ static void fill_add(const struct job *j, const struct part *part, int64_t first
 static void finish_tile(const struct job *j, struct bench *b, int64_t row, int rows, int64_t first, int columns)
 {
     const int64_t *const at = b->at + row;
-    for (int i = 0; j->sums_pixels && i < rows; i++)
-        for (int o = 0; o < columns; o++) {
-            int32_t *sum = &b->tile[i * RQ_TILE_WIDTH + o];
-            *sum = (int32_t)((uint32_t)*sum - (uint32_t)j->w->zero_points[first + o] * (uint32_t)b->row_sums[row + i]);
-        }
+    if (j->sums_pixels)
+        j->kernel->correct(b->tile, rows, b->row_sums + row, j->w->zero_points + first, columns);
     if (b->y.kind == RQ_FLOAT32)
         j->kernel->dequantize(&b->y, b->tile, rows, at, first, columns);
     else if (b->y.kind == RQ_UINT8)

@@ -27,18 +27,18 @@
 
 static const struct rq_kernel kernels[] = {
     {"scalar", 0, 12, 0, rq_tile_s8_scalar, rq_tile_s4_scalar, rq_dequantize_scalar, rq_requantize_scalar,
-     NULL},
+     rq_correct_scalar, NULL},
 #if defined(__x86_64__) && defined(__GNUC__)
     {"avx2", RQ_CPU_AVX2, 6, 0, rq_tile_s8_avx2, rq_tile_s4_avx2, rq_dequantize_avx2, rq_requantize_avx2,
-     rq_peak_avx2},
+     rq_correct_avx2, rq_peak_avx2},
     {"avxvnni", RQ_CPU_AVX2 | RQ_CPU_AVXVNNI, 6, 0, rq_tile_s8_avxvnni, rq_tile_s4_avxvnni,
-     rq_dequantize_avx2, rq_requantize_avx2, rq_peak_avxvnni},
+     rq_dequantize_avx2, rq_requantize_avx2, rq_correct_avx2, rq_peak_avxvnni},
     {"avx512vnni", RQ_CPU_AVX512VNNI, 12, 0, rq_tile_s8_avx512vnni, rq_tile_s4_avx512vnni,
-     rq_dequantize_avx512, rq_requantize_avx512, rq_peak_avx512vnni},
+     rq_dequantize_avx512, rq_requantize_avx512, rq_correct_avx2, rq_peak_avx512vnni},
 #endif
 #if defined(__aarch64__) && defined(__GNUC__)
     {"neondot", RQ_CPU_NEONDOT, 8, 128, rq_tile_s8_neondot, rq_tile_s4_neondot, rq_dequantize_scalar,
-     rq_requantize_scalar, rq_peak_neondot},
+     rq_requantize_scalar, rq_correct_scalar, rq_peak_neondot},
 #endif
 };
 

@@ -54,6 +54,10 @@ typedef void rq_tile_fn(const struct rq_tile *t, int rows, int panels);
 typedef void rq_output_fn(const struct rq_output *y, const int32_t *sums, int rows, const int64_t *at, int64_t first,
                           int columns);
 
+/* What zero points of the weights take from a tile of sums, before the output stage: zero_points[j] * row_sums[i] from
+ * line i, output j. `columns` of them; a line may be changed up to its end. */
+typedef void rq_correct_fn(int32_t *sums, int rows, const int32_t *row_sums, const int32_t *zero_points, int columns);
+
 /* Run the kernel's multiplying instruction on registers alone, `rounds` times what fills the pipeline;
  * return the number of multiplications. Its speed is what no kernel can exceed. */
 typedef int64_t rq_peak_fn(int64_t rounds);
@@ -67,6 +71,7 @@ struct rq_kernel {
     rq_tile_fn *tile_s8;   /* weights of 8 bits */
     rq_tile_fn *tile_s4;   /* weights of 4 bits, two in a byte */
     rq_output_fn *dequantize, *requantize;
+    rq_correct_fn *correct;
     rq_peak_fn *peak;      /* NULL: not measured */
 };
 const struct rq_kernel *rq_kernel_row(int row);  /* NULL: no such row */
@@ -80,6 +85,8 @@ rq_tile_fn rq_tile_s8_neondot, rq_tile_s4_neondot;
 rq_output_fn rq_dequantize_scalar, rq_requantize_scalar;
 rq_output_fn rq_dequantize_avx2, rq_requantize_avx2;
 rq_output_fn rq_dequantize_avx512, rq_requantize_avx512;
+
+rq_correct_fn rq_correct_scalar, rq_correct_avx2;
 
 rq_peak_fn rq_peak_avx2, rq_peak_avxvnni, rq_peak_avx512vnni, rq_peak_neondot;
 

@@ -25,6 +25,15 @@ void rq_dequantize_scalar(const struct rq_output *y, const int32_t *sums, int ro
         }
 }
 
+void rq_correct_scalar(int32_t *sums, int rows, const int32_t *row_sums, const int32_t *zero_points, int columns)
+{
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < columns; j++) {
+            int32_t *const sum = sums + i * RQ_TILE_WIDTH + j;
+            *sum = (int32_t)((uint32_t)*sum - (uint32_t)zero_points[j] * (uint32_t)row_sums[i]);
+        }
+}
+
 /* p / 2^shift to the nearest integer, ties to even. With h = 2^(shift-1) - 1, adding h lifts everything
  * above a tie over the next integer, and adding 1 more where the floor is odd lifts the tie itself: it
  * goes to the even neighbour above. A shift of 0 rounds nothing. |p| <= 2^62: no overflow. `>>` of a

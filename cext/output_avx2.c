@@ -36,6 +36,21 @@ void rq_dequantize_avx2(const struct rq_output *y, const int32_t *sums, int rows
         rq_dequantize_scalar(y, sums + j, rows, at, first + j, columns - j);
 }
 
+void rq_correct_avx2(int32_t *sums, int rows, const int32_t *row_sums, const int32_t *zero_points, int columns)
+{
+    int j = 0;
+    for (; j + LANES <= columns; j += LANES) {
+        const __m256i zeros = _mm256_loadu_si256((const __m256i *)(zero_points + j));
+        for (int i = 0; i < rows; i++) {
+            __m256i *const sum = (__m256i *)(sums + i * RQ_TILE_WIDTH + j);
+            const __m256i less = _mm256_mullo_epi32(zeros, _mm256_set1_epi32(row_sums[i]));
+            _mm256_store_si256(sum, _mm256_sub_epi32(_mm256_load_si256(sum), less));
+        }
+    }
+    if (j < columns)
+        rq_correct_scalar(sums + j, rows, row_sums, zero_points + j, columns - j);
+}
+
 /* mantissa / 2^shift of 4 outputs, shift from 31 to 62. */
 RQ_INLINE __m256d multiplier(const int32_t *mantissa, const int32_t *shift)
 {

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info
 
 from .. import io, kernels
 from .._version import __version__
-from ..deploy.inventory import WORDS, Entry, inventory
+from ..deploy.inventory import WORDS, Entry, inventory, is_transformer
 from ..deploy.lower import lower
 from ..deploy.plan import plan
 from ..diffusion.model import asset_names, find
@@ -63,8 +63,12 @@ def print_integers(name: str, layers: bool) -> dict[str, Any] | None:
     weights, tables = (sum(getattr(e, part) for e in entries) for part in ("weight_bytes", "table_bytes"))
     print()
     print("Behind every product its sums are scaled, and bias and residual added, in float32.")
-    print(f"The sampler's {len(program.timesteps)} time-steps are known beforehand: biases hold what they tell each "
-          "block, and the time layers do not run.")  # fmt: skip
+    known = f"The sampler's {len(program.timesteps)} time-steps"
+    if is_transformer(program):
+        print(f"{known} and {program.classes} classes are known beforehand: a table holds what they tell each block, "
+              "and the layers that find it do not run.")  # fmt: skip
+    else:
+        print(f"{known} are known beforehand: biases hold what they tell each block, and the time layers do not run.")
     print(f"memory: weights {_size(weights)}, tables and norms {_size(tables)}, "
           f"values of one image at a time {_size(space)}")  # fmt: skip
     return {

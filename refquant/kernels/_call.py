@@ -103,7 +103,8 @@ def recording() -> Iterator[list[Call]]:
     Operands must then lie in memory as the kernels read them, and `out` be given, or a repetition would read a copy and
     fill an array that nobody has: where one would have to be copied, a `ShapeError` says so.
     """
-    before, calls = getattr(_own, "calls", None), []
+    before = getattr(_own, "calls", None)
+    calls: list[Call] = []
     _own.calls = calls
     try:
         yield calls

@@ -90,7 +90,7 @@ def group_norm_silu_quantize(
     out = _target(name, x.shape, np.float32 if stage is None else np.uint8, out, x, gamma, beta)
     isa = active()
     if isa == "ref":
-        stated = {"eps": eps, "silu": silu, "scale": scale, "zero_point": zero_point, "bits": bits}
+        stated: dict[str, Any] = {"eps": eps, "silu": silu, "scale": scale, "zero_point": zero_point, "bits": bits}
         fill(name, lambda: np.copyto(out, islands.group_norm_silu_quantize(x, gamma, beta, groups, **stated)))
         return out
 
@@ -140,7 +140,7 @@ def silu_quantize(
     out = _target("silu_quantize", x.shape, np.float32 if stage is None else np.uint8, out, x)
     isa = active()
     if isa == "ref":
-        stated = {"scale": scale, "zero_point": zero_point, "bits": bits}
+        stated: dict[str, Any] = {"scale": scale, "zero_point": zero_point, "bits": bits}
         fill("silu_quantize", lambda: np.copyto(out, islands.silu_quantize(x, **stated)))
         return out
     call(

@@ -78,7 +78,7 @@ def products(
         return out
     isa = active()
     if isa == "ref":
-        stated = {
+        stated: dict[str, Any] = {
             "transpose_b": transpose_b, "a_zero_point": a_zero_point, "b_zero_point": b_zero_point, "scale": scale,
             "regions": regions,
         }  # fmt: skip

@@ -164,7 +164,8 @@ def softmax_quantize_regions(scores: Floats, *, bits: int, shift: int, factor: f
     coarse = float(np.float32(1 / (flag - 1)))
     large = p >= 2.0**-shift
     magnitude = np.minimum(np.rint(p / np.where(large, coarse, coarse * 2.0**-shift)), flag - 1)
-    return (magnitude + np.where(large, flag, 0)).astype(np.uint8)
+    codes: Codes = (magnitude + np.where(large, flag, 0)).astype(np.uint8)
+    return codes
 
 
 def quantize_parts(x: Floats, stages: Sequence[Stage]) -> Codes:

@@ -52,6 +52,12 @@ MUTANTS = {
         "avx2", "gemm_avx2.c", "first_block = 0;", ";",
     ),
     "avx2: a block goes on over a gap": ("avx2", "gemm_avx2.c", "if (t->gap)\n                break;", ""),
+    "zero points of the first outputs for all": (
+        "scalar", "conv.c", "j->w->zero_points + first, columns", "j->w->zero_points, columns",
+    ),
+    "avx2: row sums of the first row for all": (
+        "avx2", "output_avx2.c", "_mm256_set1_epi32(row_sums[i])", "_mm256_set1_epi32(row_sums[0])",
+    ),
     "avx2: a logical shift": ("avx2", "gemm_avx2.c", "_mm256_srai_epi32(sum, 4)", "_mm256_srli_epi32(sum, 4)"),
     "avx512vnni: vpdpbusds": ("avx512vnni", "gemm_avx512vnni.c", "_mm512_dpbusd_epi32(", "_mm512_dpbusds_epi32("),
     "avx512vnni: the mask of the last panel is ignored": (

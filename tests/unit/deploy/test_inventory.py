@@ -8,6 +8,7 @@ from refquant.deploy import lower
 from refquant.deploy.inventory import inventory
 from refquant.deploy.program import INTEGER, Convolve
 from refquant.nn.layers import Conv2d
+from refquant.quant.calibrate import Calibration
 from refquant.quant.cost import bit_operations
 from refquant.quant.methods import METHODS
 
@@ -64,3 +65,31 @@ def test_bytes_are_those_of_the_arrays(quantized):
     assert shared == sum(a.nbytes for a in arrays.values()) + quantizers
     assert len(arrays) == 2 * len(norms)  # q, k and v of attention have one norm and one range: one operation
     assert np.all([e.table_bytes > 0 for e in entries.values() if e.integer and e.weight_bytes])
+
+
+def transformer(**options):
+    model = toys.tiny_dit()
+    method = METHODS["tqdit" if options else "nearest"]
+    return method(toys.tiny_session(Calibration(model, toys.CALIBRATION)), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "gelu": "split"}], ids=str)
+def test_a_transformer(options):
+    """Every product is there: those of one region and one sign come to what the network's shapes say."""
+    quantized = transformer(**options)
+    program, cfg = lower(quantized), toys.TINY_DIT
+    entries = inventory(program)
+    assert [entry.integer for entry in entries] == [isinstance(op, INTEGER) for op in program.operations]
+    assert not any("convolution" in e.what for e in entries if e.name != "x_embedder.proj")
+    tokens, d, hidden = cfg.tokens, cfg.width, cfg.mlp_ratio * cfg.width
+    twice = 2 if options else 1  # both regions, both signs
+    block = 4 * d * d + hidden * d * (1 + twice)
+    attention = cfg.depth * tokens * tokens * d * (1 + twice)
+    ends = 2 * tokens * d * cfg.patch**2
+    assert sum(e.multiplications for e in entries) == cfg.depth * tokens * block + attention + ends
+    layers = {name for name in quantized.layers if "adaLN" not in name and not name.startswith("t_embedder")}
+    packed = {id(op.weights): op.weights.nbytes for op in program.operations if hasattr(op, "weights")}
+    assert len(packed) == len(layers)
+    assert sum(e.weight_bytes for e in entries) == sum(packed.values())
+    table = next(e for e in entries if e.name == "condition")
+    assert table.table_bytes == 4 * len(program.timesteps) * (cfg.classes + 1) * (6 * cfg.depth + 2) * d
