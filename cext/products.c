@@ -311,7 +311,11 @@ int rq_products(int row, int threads, const struct rq_products *p)
     if (!p->y || (p->k > 0 && (!p->a.data || !p->b.data)))
         return RQ_ERR_NULL;
 
-    struct batch j = {.kernel = kernel, .p = p, .layout = rq_layout_of(p->n, 1, p->k, 8),
+    static const uint8_t nothing = 0;
+    struct rq_products own = *p;
+    if (p->k == 0) /* rows of no bytes, wherever they are */
+        own.a = own.b = (struct rq_matrices){.data = &nothing};
+    struct batch j = {.kernel = kernel, .p = &own, .layout = rq_layout_of(p->n, 1, p->k, 8),
                       .za = p->a.zero_point, .zb = p->b.zero_point - 128};
     j.packed_bytes = j.layout.panels * j.layout.panel_bytes;
     j.row_bytes = j.layout.steps * RQ_STEP;

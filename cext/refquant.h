@@ -30,7 +30,7 @@
 
 /* Raised whenever a declaration below changes its meaning, so that Python refuses a compiled
  * module that is older than its sources. */
-#define RQ_ABI_VERSION 5
+#define RQ_ABI_VERSION 6
 int rq_abi_version(void);
 
 /* With which compiler and flags this module was built: the first question of a bug report. */

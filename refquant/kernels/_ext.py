@@ -8,7 +8,7 @@ from ..errors import RefquantError
 
 __all__ = ["ABI_VERSION", "ROWS", "ffi", "lib"]
 
-ABI_VERSION = 5  # of the interface that this package was written for: RQ_ABI_VERSION in cext/refquant.h
+ABI_VERSION = 6  # of the interface that this package was written for: RQ_ABI_VERSION in cext/refquant.h
 
 try:
     from ._core import ffi, lib
