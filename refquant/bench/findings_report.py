@@ -1,6 +1,8 @@
 """The page of findings, written from the numbers that `bench.findings` saved; no number is typed by hand.
 
-    python -m refquant.bench.findings_report findings.json > refquant/quant/methods/README.md
+    python -m refquant.bench.findings_report findings.json bits.json > refquant/quant/methods/README.md
+
+The second file, if given, is what `refquant compare` wrote for several bit-widths; its table ends the page.
 
 Two ways are compared seed by seed, since both start from the same noise (or round with the same seed). A claim is
 *supported* where the mean difference has its sign and is more than twice the spread of the differences,
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..compare import HEADER, cells
 from ..metrics import mean_and_spread
 
 Measured = Mapping[str, Any]
@@ -200,14 +203,26 @@ VERDICTS: dict[str, Callable[[Measured], str]] = {
 }  # fmt: skip
 
 
-def page(found: Measured) -> str:
-    """The whole page as Markdown."""
+def page(found: Measured, compared: Measured | None = None) -> str:
+    """The whole page as Markdown, with a comparison of bit-widths at its end if there is one."""
     effort = ", ".join(f"{name} {value}" for name, value in found["effort"].items())
     lines = [HEAD.format(effort=effort)]
     for claim in (name for name in CLAIMS if name in found["claims"]):  # in this order, whatever was measured first
         measured = found["claims"][claim]["measured"]
         lines += [f"## {claim}. {CLAIMS[claim]}", "", VERDICTS[claim](measured), "", *_table(measured), ""]
+    if compared is not None:
+        lines += ["## Bit-widths", "", compared["caption"], "", *_compared(compared["rows"]), ""]
     return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Measured]) -> list[str]:
+    """What a method gains or loses from one bit-width to the next; seconds and sizes are in the README's table."""
+    shown = ("method", "bits", "PSNR dB", "median dB", "Frechet", "feature error", "worst cosine", "MB", "GBOP")
+    lines = ["| " + " | ".join(shown) + " |", "|---|---|" + "---:|" * (len(shown) - 2)]
+    for row in rows:
+        texts = dict(zip(HEADER, cells(dict(row)), strict=True))
+        lines.append("| " + " | ".join(texts[name] for name in shown) + " |")
+    return lines
 
 
 def _table(measured: Measured) -> list[str]:
@@ -236,4 +251,4 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
-    print(page(json.loads(Path(sys.argv[1]).read_text())), end="")
+    print(page(*(json.loads(Path(name).read_text()) for name in sys.argv[1:3])), end="")

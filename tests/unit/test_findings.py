@@ -92,3 +92,13 @@ def test_page_holds_every_number_that_was_saved():
     assert "images 8" in text and SUPPORTED in text and "- cache: 0.001" in text and "11 of 11" in text
     assert "- normal: 31.00 ± 1.00" in text and "- normal, released labels: 12.50" in text
     assert text.index("## 8.") < text.index("## 11.")
+
+
+def test_page_ends_with_the_bit_widths():
+    row = {"method": "nearest", "bits": "W3A8", "psnr_db": [12.0, 14.0], "psnr_median_db": [15.0, 16.0],
+           "frechet": [30.0, 40.0], "feature_squared": 1.25, "feature_squared_worst": 9.0,
+           "feature_cosine_worst": 0.5, "bytes": 2_000_000}  # fmt: skip
+    text = page({"effort": {}, "claims": {}}, {"caption": "two runs", "rows": [row]})
+    assert "two runs" in text and text.rstrip().endswith(
+        "| nearest | W3A8 | 13.0 ± 1.4 | 15.5 ± 0.7 | 35.0 ± 7.1 | 1.250 | 0.5000 | 2.00 | - |"
+    )
