@@ -1,7 +1,10 @@
 """The page of findings: verdicts follow from numbers, and from nothing else."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from refquant.bench import findings
 from refquant.bench.findings import CLAIMS
 from refquant.bench.findings_report import CLAIMS as TEXTS
 from refquant.bench.findings_report import CONTRADICTED, OPEN, SUPPORTED, VERDICTS, gain, judge, page
@@ -102,3 +105,18 @@ def test_page_ends_with_the_bit_widths():
     assert "two runs" in text and text.rstrip().endswith(
         "| nearest | W3A8 | 13.0 ± 1.4 | 15.5 ± 0.7 | 35.0 ± 7.1 | 1.250 | 0.5000 | 2.00 | - |"
     )
+
+
+def test_a_model_is_made_once_and_has_a_state_file_of_its_own(monkeypatch, tmp_path):
+    """Another option, setting or effort is another file: a run that goes on must not meet the parts of another."""
+    asked = []
+    monkeypatch.setattr(findings, "Reference", SimpleNamespace(draw=lambda *a: None))
+    monkeypatch.setitem(findings.METHODS, "tfmq", lambda session, **options: asked.append(session.state))
+    for iterations in (10, 20):
+        study = findings.Study(images=2, samples=2, iterations=iterations, states=8, work=tmp_path / "work")
+        for _ in range(2):
+            study.made("tfmq")
+            study.made("tfmq", fsc="none")
+            study.made("tfmq", {"sampling": "uniform"})
+    assert len(asked) == len(set(asked)) == 6
+    assert all(path.parent == tmp_path / "work" for path in asked)
