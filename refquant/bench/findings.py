@@ -2,15 +2,18 @@
 
     python -m refquant.bench.findings --out findings.json
 
-Bits are W4A8 where nothing else is said, coverage "full"; PSNR is to the float images from the same noise, mean and
-standard deviation over the seeds of the noise. A claim that is in the file already is not measured again.
+Bits are W4A8 where nothing else is said, coverage "full"; PSNR is to the float images from the same noise. A list is
+one number for each seed, of the noise or of the rounding: two lists can be compared seed by seed. A claim that is in
+the file already is not measured again, and finished parts of a model lie beside it, in findings.work, so that a run
+that was killed goes on where it was. Claims that need no learned blocks come first.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,6 @@ from ..compare import Reference, measure
 from ..deploy.lower import lower
 from ..diffusion.model import DiffusionModel, load_model
 from ..errors import LoweringError
-from ..metrics import mean_and_spread
 from ..quant.activations import step_tables
 from ..quant.cache import disturbances, feature_cache
 from ..quant.calibrate import Calibration, CalibrationConfig, record
@@ -40,36 +42,53 @@ SEEDS = (0, 1, 2)
 class Study:
     """The model, its calibration and its own images, and quantized models that several claims look at."""
 
-    def __init__(self, images: int, samples: int, iterations: int, states: int) -> None:
+    def __init__(self, images: int, samples: int, iterations: int, states: int, work: Path) -> None:
         self.model: DiffusionModel = load_model("mnist-unet")
+        self.work = work
+        work.mkdir(parents=True, exist_ok=True)
         self.iterations, self.states = iterations, states
         self.calibration = Calibration(self.model, CalibrationConfig(images=images))
         self.reference = Reference.draw(self.model, samples, (42, 43, 44), 50)
         self._made: dict[str, QuantizedModel] = {}
-        self._measured: dict[str, dict[str, Any]] = {}
+        self._temporal: dict[tuple[int, int, str, int], Run] = {}
         self.t = np.arange(self.model.schedule.timesteps)
         self.wanted = features(self.model.network, self.t)
 
-    def session(self, weight_bits: int = 4, input_bits: int = 8, *, seed: int = 0, **settings: str) -> Session:
+    def session(
+        self, weight_bits: int = 4, input_bits: int = 8, *, seed: int = 0, state: Path | None = None, **settings: str
+    ) -> Session:
         """A session with the study's effort; `settings` are its coverage and sampling."""
         learning = ReconstructionConfig(iterations=self.iterations, seed=seed)
         return Session(
             self.calibration, weight_bits, input_bits, reconstruction=learning, states=self.states, quiet=False,
-            **settings,
+            state=state, **settings,
         )  # fmt: skip
 
     def made(self, name: str, settings: dict[str, str] | None = None, **options: Any) -> QuantizedModel:
         """A quantized model, made once."""
         key = json.dumps([name, settings, options])
         if key not in self._made:
-            self._made[key] = METHODS[name](self.session(**settings or {}), **options)
+            effort = [self.iterations, self.states, self.calibration.cfg.images]
+            label = hashlib.sha256(json.dumps([key, effort]).encode()).hexdigest()[:12]
+            asked = self.session(state=self.work / f"{name}-{label}.state", **settings or {})
+            self._made[key] = METHODS[name](asked, **options)
         return self._made[key]
 
+    def temporal(self, bits: int, seed: int, how: str, t: np.ndarray) -> Run:
+        """The run of `temporal_run`, made once."""
+        key = (bits, seed, how, len(t))
+        if key not in self._temporal:
+            self._temporal[key] = temporal_run(self, bits, seed, how, t)
+        return self._temporal[key]
+
     def numbers(self, quantized: QuantizedModel) -> dict[str, Any]:
-        """PSNR and temporal errors, with spread over the noise."""
+        """PSNR for each seed of the noise, temporal errors, and bytes."""
         row = measure(quantized, self.reference, engine=engine(quantized))[0]
-        kept = ("feature_squared", "feature_squared_visited", "feature_squared_unseen", "feature_cosine_worst", "bytes")
-        return {"psnr_db": list(mean_and_spread(row["psnr_db"])), **{key: row[key] for key in kept}}
+        kept = (
+            "psnr_db", "psnr_median_db", "feature_squared", "feature_squared_visited", "feature_squared_unseen",
+            "feature_cosine_worst", "bytes",
+        )  # fmt: skip
+        return {key: row[key] for key in kept}
 
     def error(self, run: Run, part: np.ndarray | None = None) -> float:
         """Squared error of the temporal features of quantized weights, mean over all t or over some."""
@@ -128,13 +147,10 @@ def claim_1(study: Study) -> dict[str, Any]:
     """TIAR lowers the temporal error against nearest, layer-wise and block-wise reconstruction."""
     out: dict[str, Any] = {}
     for how in ("nearest", "layerwise", "tiar"):
-        errors = [study.error(temporal_run(study, 4, seed, how, study.t)) for seed in SEEDS]
-        out[how] = list(mean_and_spread(errors))
+        out[how] = [study.error(study.temporal(4, seed, how, study.t)) for seed in SEEDS]
     brecq = study.made("brecq")
-    out["inside blocks (brecq)"] = float(
-        feature_errors(study.t, features(brecq.network, study.t), study.wanted).squared.mean()
-    )
-    return out
+    found = feature_errors(study.t, features(brecq.network, study.t), study.wanted).squared
+    return {**out, "inside blocks (brecq)": [float(found.mean())]}
 
 
 def claim_1_bits(study: Study) -> dict[str, Any]:
@@ -142,7 +158,7 @@ def claim_1_bits(study: Study) -> dict[str, Any]:
     out = {}
     for bits in (2, 3, 4, 6, 8):
         for how in ("nearest", "tiar"):
-            run = temporal_run(study, bits, 0, how, study.t)
+            run = study.temporal(bits, 0, how, study.t)
             out[f"W{bits} {how}"] = study.numbers(run.finish())
     return out
 
@@ -153,10 +169,10 @@ def claim_2(study: Study) -> dict[str, Any]:
     visited = study.calibration.trajectories.t
     few = visited[np.linspace(0, len(visited) - 1, 20).round().astype(int)]
     for name, t in (("20 time-steps", few), ("all time-steps", study.t)):
-        runs = [temporal_run(study, 4, seed, "tiar", t) for seed in SEEDS]
+        runs = [study.temporal(4, seed, "tiar", t) for seed in SEEDS]
         out[name] = {
-            "at the 20": list(mean_and_spread([study.error(r, few) for r in runs])),
-            "at the others": list(mean_and_spread([study.error(r, np.setdiff1d(study.t, few)) for r in runs])),
+            "at the 20": [study.error(r, few) for r in runs],
+            "at the others": [study.error(r, np.setdiff1d(study.t, few)) for r in runs],
         }
     return out
 
@@ -169,15 +185,29 @@ def claim_3(study: Study) -> dict[str, Any]:
     return out
 
 
-def rescoped(study: Study, scope: str, ranges: str, input_bits: int = 8) -> QuantizedModel:
-    """The weights of `tfmq` with another scope of its tables."""
-    made = study.made("tfmq", fsc="none")
+def rescoped(
+    study: Study, scope: str, ranges: str, input_bits: int = 8, weights_in_float: Collection[str] = ()
+) -> QuantizedModel:
+    """The weights of `tfmq`, all but these, with another scope of its tables."""
+    made = study.made("tfmq")  # its tables come after its weights, which know nothing of them
     run = study.session(4, input_bits).start("tfmq", fsc=scope, ranges=ranges)
     for name, layer in made.layers.items():
-        if layer.codes is not None:
+        if layer.codes is not None and name not in weights_in_float:
             run.layers[name].set_codes(layer.codes, layer.weight_qparams)
     tfmq.finite_set_calibration(run, temporal_layers(study.model.network), scope, ranges)
     return run.finish()
+
+
+def claim_4(study: Study) -> dict[str, Any]:
+    """The finished model, and the same with its temporal layers' weights in float ("Freeze")."""
+    names = temporal_layers(study.model.network)
+    return {
+        "tfmq": study.numbers(rescoped(study, "all", "exact")),
+        "tfmq, temporal weights in float": study.numbers(rescoped(study, "all", "exact", weights_in_float=names)),
+        "tfmq, temporal weights in float, no tables": study.numbers(
+            rescoped(study, "none", "exact", weights_in_float=names)
+        ),
+    }
 
 
 def claim_5(study: Study) -> dict[str, Any]:
@@ -210,14 +240,14 @@ def claim_8(study: Study) -> dict[str, Any]:
     out = {}
     kinds = {"normal": {}, "uniform": {"spread": "uniform"}, "normal, released labels": {"labels": "released"}}
     for name, options in kinds.items():
-        found = [study.numbers(METHODS["ptq4dm"](study.session(8, 8, seed=s), **options))["psnr_db"][0] for s in SEEDS]
-        out[name] = list(mean_and_spread(found))
+        made = [METHODS["ptq4dm"](study.session(8, 8, seed=s), **options) for s in SEEDS]
+        out[name] = [float(np.mean(study.numbers(quantized)["psnr_db"])) for quantized in made]
     return out
 
 
 def claim_10(study: Study) -> dict[str, Any]:
     """Share of activation values beyond the range of a step: exact extremes and running averages."""
-    made, states = study.made("tfmq", fsc="none"), study.calibration.trajectories
+    made, states = study.made("tfmq"), study.calibration.trajectories
     run = study.session().start("saturation")
     for name, layer in made.layers.items():
         if layer.codes is not None:
@@ -261,8 +291,8 @@ def claim_12(study: Study) -> dict[str, Any]:
 
 
 CLAIMS: dict[str, Callable[[Study], dict[str, Any]]] = {
-    "1": claim_1, "1, bit-widths": claim_1_bits, "2": claim_2, "3": claim_3, "5": claim_5, "6": claim_6,
-    "steps": claim_steps, "8": claim_8, "10": claim_10, "11": claim_11, "12": claim_12,
+    "2": claim_2, "8": claim_8, "1, bit-widths": claim_1_bits, "11": claim_11, "12": claim_12, "3": claim_3,
+    "4": claim_4, "10": claim_10, "1": claim_1, "steps": claim_steps, "6": claim_6, "5": claim_5,
 }  # fmt: skip
 
 
@@ -278,7 +308,7 @@ def main() -> None:
     args = p.parse_args()
     effort = {name: getattr(args, name) for name in ("images", "samples", "iterations", "states")}
     found = json.loads(args.out.read_text()) if args.out.exists() else {"effort": effort, "claims": {}}
-    study = Study(**effort)
+    study = Study(**effort, work=args.out.with_suffix(".work"))
     for claim in args.claims:
         if claim not in found["claims"]:
             found["claims"][claim] = {"what": CLAIMS[claim].__doc__, "measured": CLAIMS[claim](study)}

@@ -1,28 +1,39 @@
 """The page of findings, written from the numbers that `bench.findings` saved; no number is typed by hand.
 
-    python -m refquant.bench.findings_report findings.json > refquant/quant/methods/README.md
+    python -m refquant.bench.findings_report findings.json bits.json > refquant/quant/methods/README.md
 
-A claim is *supported* where the difference has its sign and is larger than the spread of both sides together,
-*contradicted* where it is as large the other way round, and *open* otherwise.
+The second file, if given, is what `refquant compare` wrote for several bit-widths; its table ends the page.
+
+Two ways are compared seed by seed, since both start from the same noise (or round with the same seed). A claim is
+*supported* where the mean difference has its sign and is more than twice the spread of the differences,
+*contradicted* where it is so the other way round, and *open* otherwise. Where a claim has parts, each has its verdict.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ..compare import HEADER, cells
+from ..metrics import mean_and_spread
+
 Measured = Mapping[str, Any]
+Seeds = Sequence[float]
 
 SUPPORTED, CONTRADICTED, OPEN = "**supported**", "**contradicted**", "**open**"
+CLEAR = 2.0  # spreads of three differences: half the size is met by chance in one of nine, this in one of 27
 
 CLAIMS = {
     "1": "TIAR lowers the error of temporal features against other ways of rounding the same layers.",
     "1, bit-widths": "Quantized temporal layers hurt the images.",
     "2": "TIAR on 20 time-steps is as good at the ones it has not seen.",
     "3": "Ranges for each step (FSC) help; whether for temporal layers only or for all makes little difference.",
+    "4": "What TFMQ-DM gains, it gains in the temporal layers.",
     "5": "TFMQ-DM is better than Q-Diffusion at equal coverage, not only because it leaves more in float.",
     "6": "TFMQ-DM calibrates 2.0 times as fast as earlier work.",
     "steps": "States drawn by the importance of their time-steps are better to learn on than even ones.",
@@ -41,27 +52,34 @@ papers on the shipped model: 28x28 digits, 1.3 million parameters, 50 DDIM steps
 nothing else is said. **They are findings about this model, not about the papers' models**; a tiny model may show a
 smaller effect, or none.
 
-Written by `python -m refquant.bench.findings_report` from the numbers of `refquant.bench.findings`
-({effort}); ± is the standard deviation over three seeds, of the noise or of the rounding.
+Written by `python -m refquant.bench.findings_report` from [the numbers](../../bench/findings.json) of
+`refquant.bench.findings` (effort: {effort}; a fraction of the default, so that decibels are lower than in the
+README's table). ± is the standard deviation over three seeds, of the noise or of the rounding. A verdict compares
+seed by seed: *supported* or *contradicted* where the mean difference is more than twice its spread, *open* where it
+is not. Each model is calibrated once, so that the spread of calibration is in no verdict on decibels.
 PSNR is to the float images from the same noise; feature errors are squared, summed over channels and blocks, mean
 over all time-steps.
 """
 
 
-def judge(better: tuple[float, float], worse: tuple[float, float]) -> str:
-    """Verdict on "the first (mean, spread) is larger than the second"."""
-    difference, spread = better[0] - worse[0], (better[1] ** 2 + worse[1] ** 2) ** 0.5
-    if difference > spread:
+def judge(better: Seeds, worse: Seeds) -> str:
+    """Verdict on "the first is larger than the second", seed by seed; a list of one stands for every seed."""
+    mean, spread = gain(better, worse)
+    if mean > CLEAR * spread:
         return SUPPORTED
-    return CONTRADICTED if difference < -spread else OPEN
+    return CONTRADICTED if mean < -CLEAR * spread else OPEN
 
 
-def _psnr(entry: Measured) -> tuple[float, float]:
-    return entry["psnr_db"][0], entry["psnr_db"][1]
+def gain(better: Seeds, worse: Seeds) -> tuple[float, float]:
+    """Mean of the differences and their spread; one difference has none."""
+    found = np.subtract(better, worse)
+    return mean_and_spread(found) if found.size > 1 else (float(found[0]), 0.0)
 
 
-def _flip(pair: list[float]) -> tuple[float, float]:
-    return -pair[0], pair[1]
+def _decibel(better: Measured, worse: Measured) -> str:
+    """Verdict and gain in PSNR."""
+    mean, spread = gain(better["psnr_db"], worse["psnr_db"])
+    return f"{judge(better['psnr_db'], worse['psnr_db'])}, {mean:+.1f} ± {spread:.1f} dB"
 
 
 def verdict_1(m: Measured) -> str:
@@ -69,84 +87,97 @@ def verdict_1(m: Measured) -> str:
     against = {
         "nearest rounding": m["nearest"],
         "each layer by itself": m["layerwise"],
-        "inside of blocks": [m["inside blocks (brecq)"], 0.0],
+        "inside of blocks": m["inside blocks (brecq)"],
     }
-    parts = [f"{judge(_flip(m['tiar']), _flip(pair))} against {name} (error {m['tiar'][0]:.3f}, there {pair[0]:.3f})"
-             for name, pair in against.items()]  # fmt: skip
+    parts = [f"{judge(there, m['tiar'])} against {name} (error {np.mean(m['tiar']):.3f}, there {np.mean(there):.3f})"
+             for name, there in against.items()]  # fmt: skip
     return "; ".join(parts) + "."
 
 
 def verdict_bits(m: Measured) -> str:
     """From which bits on the temporal layers alone cost a decibel that can be seen."""
-    lines = [f"W{b}: {m[f'W{b} nearest']['psnr_db'][0]:.1f} dB nearest, {m[f'W{b} tiar']['psnr_db'][0]:.1f} dB TIAR"
-             for b in (8, 6, 4, 3, 2)]  # fmt: skip
-    return f"{judge(_psnr(m['W8 nearest']), _psnr(m['W4 nearest']))} at 4 bits. " + "; ".join(lines) + "."
+    lines = [f"W{b}: {np.mean(m[f'W{b} nearest']['psnr_db']):.1f} dB nearest, "
+             f"{np.mean(m[f'W{b} tiar']['psnr_db']):.1f} dB TIAR" for b in (8, 6, 4, 3, 2)]  # fmt: skip
+    return f"{_decibel(m['W8 nearest'], m['W4 nearest'])} for 8 bits over 4. They alone are quantized: " + (
+        "; ".join(lines) + "."
+    )
 
 
 def verdict_2(m: Measured) -> str:
-    """Errors at seen and unseen time-steps."""
+    """Errors at seen and unseen time-steps: within a quarter, or twice as large."""
     few, every = m["20 time-steps"], m["all time-steps"]
-    seen, unseen = few["at the 20"], few["at the others"]
-    ratio = unseen[0] / seen[0]
+    seen, unseen = np.mean(few["at the 20"]), np.mean(few["at the others"])
+    ratio = unseen / seen
     word = SUPPORTED if ratio < 1.25 else CONTRADICTED if ratio > 2 else OPEN
     return (
-        f"{word}: the error at unseen time-steps is {ratio:.2f} times that at seen ones. With all time-steps in the "
-        f"calibration it is {every['at the others'][0]:.3f} there, with 20 it is {unseen[0]:.3f}."
+        f"{word}: the error at unseen time-steps is {ratio:.2f} times that at seen ones (to 1.25 is supported, from 2 "
+        f"contradicted). With all time-steps in the calibration it is {np.mean(every['at the others']):.3f} there, "
+        f"with 20 it is {unseen:.3f}."
     )
 
 
 def verdict_3(m: Measured) -> str:
-    """Scopes."""
-    none, temporal, every = (_psnr(m[f"{scope}, exact"]) for scope in ("none", "temporal", "all"))
+    """Scopes: the tables help, and the rest of the network needs none."""
+    none, temporal, every = (m[f"{scope}, exact"] for scope in ("none", "temporal", "all"))
+    mean, spread = gain(every["psnr_db"], temporal["psnr_db"])
+    alike = SUPPORTED if abs(mean) <= CLEAR * spread else CONTRADICTED
     return (
-        f"Temporal layers only against none: {judge(temporal, none)} ({temporal[0]:.1f} and {none[0]:.1f} dB). All "
-        f"activations against temporal layers only: a difference of {every[0] - temporal[0]:+.1f} dB, spread "
-        f"{(every[1] ** 2 + temporal[1] ** 2) ** 0.5:.1f}."
+        f"Tables of temporal layers over one range: {_decibel(temporal, none)}. Tables of everything over one range: "
+        f"{_decibel(every, none)}. That the scopes are alike: {alike}, {mean:+.1f} ± {spread:.1f} dB for everything."
+    )
+
+
+def verdict_4(m: Measured) -> str:
+    """If the temporal layers were all, giving them float weights on top would change little."""
+    made, frozen = m["tfmq"], m["tfmq, temporal weights in float"]
+    plain = m["tfmq, temporal weights in float, no tables"]
+    return (
+        f"Float weights in the temporal layers over those of TIAR, a gain that remains to be had: "
+        f"{_decibel(frozen, made)}. TIAR with tables over float weights without ("
+        f"what the paper's two ablations suggest): {_decibel(made, plain)}."
     )
 
 
 def verdict_5(m: Measured) -> str:
     """Both coverages."""
-    parts = [f"{judge(_psnr(m[f'tfmq, {c}']), _psnr(m[f'qdiffusion, {c}']))} at coverage {c} "
-             f"({m[f'tfmq, {c}']['psnr_db'][0]:.1f} and {m[f'qdiffusion, {c}']['psnr_db'][0]:.1f} dB)"
-             for c in ("full", "released")]  # fmt: skip
+    parts = [f"{_decibel(m[f'tfmq, {c}'], m[f'qdiffusion, {c}'])} at coverage {c}" for c in ("full", "released")]
     return "; ".join(parts) + "."
 
 
 def verdict_6(m: Measured) -> str:
-    """Ratio of the seconds."""
-    extra = m["qdiffusion"].get("steps", 0.0)
+    """Ratio of the seconds, with and without the learning of activation steps."""
+    extra, spent = m["qdiffusion"].get("steps", 0.0), {n: sum(m[n].values()) for n in ("qdiffusion", "tfmq")}
     return (
         f"{SUPPORTED if m['ratio'] >= 2 else CONTRADICTED}: {m['ratio']:.2f} times. Learning activation steps is "
-        f"{extra:.0f} s of Q-Diffusion's {sum(m['qdiffusion'].values()):.0f} s; without it the two would be alike."
+        f"{extra:.0f} s of Q-Diffusion's {spent['qdiffusion']:.0f} s; without it the ratio would be "
+        f"{(spent['qdiffusion'] - extra) / spent['tfmq']:.2f}."
     )
 
 
 def verdict_steps(m: Measured) -> str:
     """Importance against even sampling, method by method."""
-    parts = [
-        f"{judge(_psnr(m[f'{name}, importance']), _psnr(m[f'{name}, uniform']))} for {name} "
-        f"({m[f'{name}, importance']['psnr_db'][0]:.1f} and {m[f'{name}, uniform']['psnr_db'][0]:.1f} dB)"
-        for name in ("brecq", "tfmq")
-    ]
+    parts = [f"{_decibel(m[f'{name}, importance'], m[f'{name}, uniform'])} for {name}" for name in ("brecq", "tfmq")]
     return "; ".join(parts) + "."
 
 
 def verdict_8(m: Measured) -> str:
     """Normal against uniform, and what the released labels do."""
+    mean, spread = gain(m["normal"], m["uniform"])
     return (
-        f"{judge(tuple(m['normal']), tuple(m['uniform']))} ({m['normal'][0]:.1f} and {m['uniform'][0]:.1f} dB). The "
-        f"released labels, which belong to other noise levels, give {m['normal, released labels'][0]:.1f} dB."
+        f"{judge(m['normal'], m['uniform'])}, {mean:+.1f} ± {spread:.1f} dB at W8A8. The released labels, which belong "
+        f"to other noise levels, give {np.mean(m['normal, released labels']):.1f} dB "
+        f"(right ones {np.mean(m['normal']):.1f} dB)."
     )
 
 
 def verdict_10(m: Measured) -> str:
-    """Exact against running."""
+    """Good enough is not clearly worse than the exact extremes."""
     exact, running = m["exact"], m["running"]
+    worse = judge(exact["psnr_db"], running["psnr_db"])
+    mean, spread = gain(running["psnr_db"], exact["psnr_db"])
     return (
-        f"Exact extremes against the average: {judge(_psnr(exact), _psnr(running))} as the better one "
-        f"({exact['psnr_db'][0]:.1f} and {running['psnr_db'][0]:.1f} dB); of fresh values "
-        f"{exact['saturated share']:.1e} and {running['saturated share']:.1e} are saturated."
+        f"{CONTRADICTED if worse == SUPPORTED else SUPPORTED}: {mean:+.1f} ± {spread:.1f} dB over exact extremes; of "
+        f"fresh values {running['saturated share']:.1e} are saturated, with exact ones {exact['saturated share']:.1e}."
     )
 
 
@@ -167,19 +198,31 @@ def verdict_12(m: Measured) -> str:
 
 
 VERDICTS: dict[str, Callable[[Measured], str]] = {
-    "1": verdict_1, "1, bit-widths": verdict_bits, "2": verdict_2, "3": verdict_3, "5": verdict_5, "6": verdict_6,
-    "steps": verdict_steps, "8": verdict_8, "10": verdict_10, "11": verdict_11, "12": verdict_12,
+    "1": verdict_1, "1, bit-widths": verdict_bits, "2": verdict_2, "3": verdict_3, "4": verdict_4, "5": verdict_5,
+    "6": verdict_6, "steps": verdict_steps, "8": verdict_8, "10": verdict_10, "11": verdict_11, "12": verdict_12,
 }  # fmt: skip
 
 
-def page(found: Measured) -> str:
-    """The whole page as Markdown."""
+def page(found: Measured, compared: Measured | None = None) -> str:
+    """The whole page as Markdown, with a comparison of bit-widths at its end if there is one."""
     effort = ", ".join(f"{name} {value}" for name, value in found["effort"].items())
     lines = [HEAD.format(effort=effort)]
-    for claim, entry in found["claims"].items():
-        lines += [f"## {claim}. {CLAIMS[claim]}", "", VERDICTS[claim](entry["measured"]), ""]
-        lines += [*_table(entry["measured"]), ""]
+    for claim in (name for name in CLAIMS if name in found["claims"]):  # in this order, whatever was measured first
+        measured = found["claims"][claim]["measured"]
+        lines += [f"## {claim}. {CLAIMS[claim]}", "", VERDICTS[claim](measured), "", *_table(measured), ""]
+    if compared is not None:
+        lines += ["## Bit-widths", "", compared["caption"], "", *_compared(compared["rows"]), ""]
     return "\n".join(lines)
+
+
+def _compared(rows: Sequence[Measured]) -> list[str]:
+    """What a method gains or loses from one bit-width to the next; seconds and sizes are in the README's table."""
+    shown = ("method", "bits", "PSNR dB", "median dB", "Frechet", "feature error", "worst cosine", "MB", "GBOP")
+    lines = ["| " + " | ".join(shown) + " |", "|---|---|" + "---:|" * (len(shown) - 2)]
+    for row in rows:
+        texts = dict(zip(HEADER, cells(dict(row)), strict=True))
+        lines.append("| " + " | ".join(texts[name] for name in shown) + " |")
+    return lines
 
 
 def _table(measured: Measured) -> list[str]:
@@ -198,11 +241,14 @@ def _number(value: object) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
-        return f"{_number(value[0])} ± {_number(value[1])}"
+        if len(value) == 1:
+            return _number(value[0])
+        mean, spread = mean_and_spread(value)
+        return f"{_number(mean)} ± {_number(spread)}"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 if __name__ == "__main__":
-    print(page(json.loads(Path(sys.argv[1]).read_text())), end="")
+    print(page(*(json.loads(Path(name).read_text()) for name in sys.argv[1:3])), end="")

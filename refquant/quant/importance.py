@@ -173,8 +173,8 @@ def fisher(model: DiffusionModel, units: Sequence[str], states: States, x_0: Ima
 
     found = parallel_map(differentiate, range(0, len(states), CHUNK))
     out = {}
-    for i, name in enumerate(units):
-        g = np.concatenate([part[i] for part in found])
+    for name in units:
+        g = np.concatenate([part.pop(0) for part in found])  # the pieces go, or all units would be here twice
         size = np.sqrt(np.mean(np.square(g, dtype=np.float64)))
-        out[name] = (g / size).astype(np.float32) if size > 0 else np.ones_like(g)
+        out[name] = np.divide(g, size, out=g, casting="same_kind") if size > 0 else np.ones_like(g)
     return out

@@ -191,3 +191,17 @@ def test_states_beyond_a_chunk_keep_their_order(model, calibration):
     g = fisher(model, ["mid.block_1"], states, end)["mid.block_1"].reshape(20, -1)
     for i in range(8):  # state i + 12 is state i again
         np.testing.assert_allclose(g[i + 12], g[i], rtol=1e-3, atol=1e-4)
+
+
+def test_no_gradient_is_held_twice(model, calibration, monkeypatch):
+    """The pieces that the threads give are gone when they are joined: with all units they are most of the memory."""
+    pieces = []
+
+    def watched(function, items):
+        pieces.extend(function(item) for item in items)
+        return pieces
+
+    monkeypatch.setattr("refquant.quant.importance.parallel_map", watched)
+    states = calibration.trajectories.at([0, 1, 2, 3, 0, 1, 2, 3])[:20]
+    found = fisher(model, UNITS, states, finish(model, calibration.trajectories))
+    assert set(found) == set(UNITS) and len(pieces) == 2 and not any(pieces)

@@ -10,6 +10,7 @@ from refquant import io
 from refquant.errors import CheckpointError
 from refquant.quant.methods import METHODS
 from refquant.quant.methods.ptqd import correct
+from refquant.quant.observers import StepTable
 from refquant.quant.quantized import load_quantized
 
 # method, options of the method, options of the session
@@ -89,6 +90,18 @@ def test_equal_recipes_give_equal_bytes(calibration, method, options, tmp_path):
     other = tiny_session(tiny_model(), replace(CALIBRATION, seed=5), **session)
     METHODS[method](other, **options).save(tmp_path / "c")
     assert (tmp_path / "c").read_bytes() != (tmp_path / "a").read_bytes()
+
+
+def test_tables_are_stepped_whenever_they_were_set(calibration):
+    """The list of quantizers is made once; which of them have a table is asked at every step."""
+    made = quantized(calibration, "nearest", {}, {"weight_bits": 4})
+    assert made.quantizers() is made.quantizers() and not made.has_tables()
+    made.at_step(1)
+    quantizer = made.quantizers()["conv_in.input"]
+    table = StepTable.of([replace(quantizer.qparams, scale=np.float32(1 + k)) for k in range(4)])
+    quantizer.set(table)
+    made.at_step(2)
+    assert quantizer.qparams.scale == 3 and made.has_tables()
 
 
 # ------------------------------------------------------------------ damage
