@@ -193,8 +193,8 @@ def measure_model(
 def summary(found: dict[int, tuple[list[tuple[int, int, SoftmaxRow]], list[tuple[int, int, GeluRow]]]]) -> str:
     """Markdown: one line for each number of bits, over all time-steps and blocks of `measure_model`.
 
-    Against the best that a uniform quantizer can do, "unsigned, searched" or "asymmetric"; the sharpest and the flattest
-    third are those of the rows by the deviation of their logits.
+    Against the best that a uniform quantizer can do, "unsigned, searched" or "asymmetric"; "sharpest" and "flattest" go
+    by the deviation of the logits.
     """
     lines = [
         "| bits | rows | MRQ best | error of MRQ / uniform | sharpest third | flattest third | m | "

@@ -52,7 +52,7 @@ def test_a_models_own_outputs():
 
 
 def test_the_summary_counts_who_is_best():
-    """Three rows: MRQ is best in one, twice as bad in the flattest; of GELU, the rule of a quarter holds for one row."""
+    """Three rows: MRQ is best in one, twice as bad in the flattest; of GELU, it wins one row with few positives."""
 
     def softmax(sharpness, shift, uniform, regions, log2=9.0):
         errors = {"unsigned, searched": uniform, "log2": log2, "disjoint MRQ": regions}
