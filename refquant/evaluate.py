@@ -153,3 +153,7 @@ class Judge:
     def obedient(self, images: Images, y: NDArray[np.integer]) -> float:
         """Share of the images (N, C, H, W) whose requested class y (N,) has a probability above 0.9."""
         return float(np.mean(self.classifier.judge(images)[1][np.arange(len(y)), y] > CONFIDENT))
+
+    def recognised(self, images: Images, request: Request | None) -> float:
+        """Share of the images (N, C, H, W) that are recognised: as what was requested, or else as anything."""
+        return self.confident(images) if request is None else self.obedient(images, request.y)

@@ -7,8 +7,9 @@ All with the best parameter of each quantizer for these data: the search is not 
 symmetric quantizer that PTQ4ViT and TQ-DiT compare with; it has no use for half of its codes. "unsigned" is what a
 softmax output deserves, the same search with all codes from 0 up.
 
-Run ``python -m refquant.bench.mrq``; a second. With a transformer's name or file after it, the table is that of the
-model's own attention and GELU outputs, by time-step and block.
+Run ``python -m refquant.bench.mrq``; half a minute. With a transformer's name or file after it, the tables are those of
+the model's own attention and GELU outputs: how often which quantizer is best, with how many bits, and every time-step
+and block.
 """
 
 from __future__ import annotations
@@ -189,9 +190,41 @@ def measure_model(
     return softmax, gelu
 
 
+def summary(found: dict[int, tuple[list[tuple[int, int, SoftmaxRow]], list[tuple[int, int, GeluRow]]]]) -> str:
+    """Markdown: one line for each number of bits, over all time-steps and blocks of `measure_model`.
+
+    Against the best that a uniform quantizer can do, "unsigned, searched" or "asymmetric"; "sharpest" and "flattest" go
+    by the deviation of the logits.
+    """
+    lines = [
+        "| bits | rows | MRQ best | error of MRQ / uniform | sharpest third | flattest third | m | "
+        "MRQ best for GELU | with fewer than 1/4 positive | with more |",
+        "|" + "---|" * 10,
+    ]
+    for bits, (softmax, gelu) in found.items():
+        rows = sorted((row for *_, row in softmax), key=lambda row: row.sharpness)
+        ratio = np.array([row.errors["disjoint MRQ"] / row.errors["unsigned, searched"] for row in rows])
+        won = [min(row.errors, key=row.errors.__getitem__) == "disjoint MRQ" for row in rows]
+        third, shifts = max(1, len(rows) // 3), [row.shift for row in rows]
+        few = [row.errors["MRQ"] < row.errors["asymmetric"] for *_, row in gelu if row.pays]
+        many = [row.errors["MRQ"] < row.errors["asymmetric"] for *_, row in gelu if not row.pays]
+        cells = (
+            bits, len(rows), f"{sum(won)}", _middle(ratio), _middle(ratio[-third:]), _middle(ratio[:third]),
+            f"{min(shifts)} to {max(shifts)}", f"{sum(few) + sum(many)}", f"{sum(few)} of {len(few)}",
+            f"{sum(many)} of {len(many)}",
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _middle(ratios: NDArray[np.float64]) -> str:
+    return f"{np.exp(np.log(ratios).mean()):.2f}"  # geometric mean
+
+
 def model_report(model: DiffusionModel) -> str:
-    """Both tables of a model."""
-    softmax, gelu = measure_model(model)
+    """A summary over 8, 6 and 4 bits, and both tables of 8 bits."""
+    found = {bits: measure_model(model, bits) for bits in BITS}
+    softmax, gelu = found[BITS[0]]
     places = {id(row): [str(t), str(i)] for t, i, row in [*softmax, *gelu]}
     first = table(
         [row for _, _, row in softmax],
@@ -203,7 +236,10 @@ def model_report(model: DiffusionModel) -> str:
         lambda r: [*places[id(r)], f"{r.positive:.2f}", "yes" if r.pays else "no"],
         ["t", "block", "positive", "pays?"],
     )
-    return f"{model.name}, attention output, mean squared error\n\n{first}\n\nGELU output\n\n{second}"
+    return (
+        f"{model.name}, all time-steps and blocks\n\n{summary(found)}\n\n"
+        f"Attention output, mean squared error, {BITS[0]} bits\n\n{first}\n\nGELU output\n\n{second}"
+    )
 
 
 if __name__ == "__main__":

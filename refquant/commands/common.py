@@ -115,6 +115,24 @@ def open_model(name: str, engine: str = "fake") -> Opened:
     return Opened(base, base.denoiser(), f"{base.name} float32", 4 * base.network.parameter_count())
 
 
+def add_model(parser: argparse.ArgumentParser, default: str = "mnist-unet") -> None:
+    """Add the model, by its place or by --model."""
+    parser.add_argument(
+        "place", nargs="?", metavar="MODEL", action=_Place, default=argparse.SUPPRESS,
+        help=f"asset name or checkpoint file (default: {default})",
+    )  # fmt: skip
+    parser.add_argument("--model", default=default, metavar="MODEL", help="the same")
+
+
+class _Place(argparse.Action):
+    """Put a positional argument where the option --model puts its own, if it is there."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.model = values
+
+
 def add_classes(parser: argparse.ArgumentParser) -> None:
     """Add --class and --guidance, for conditional models."""
     group = parser.add_argument_group("conditional models")

@@ -20,7 +20,18 @@ from ..quant.methods import METHODS, methods_for
 from ..quant.quantized import load_quantized
 from ..threads import get_threads
 from ..viz import labelled_rows, plot_over_time, plot_per_step_error, save_png
-from .common import add_engine, add_verb, print_table, progress, say, setting, write_json
+from .common import (
+    add_classes,
+    add_engine,
+    add_model,
+    add_verb,
+    print_table,
+    progress,
+    requested,
+    say,
+    setting,
+    write_json,
+)
 from .quantize import add_calibration
 
 SHOWN = 12  # images of each row of the picture
@@ -33,16 +44,18 @@ def add(verbs: Any) -> None:
         "refquant compare --methods nearest,squant --bits W8A8,W4A8 -n 16 --runs 2 --out comparison",
         out="comparison",
     )  # fmt: skip
-    p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
+    add_model(p)
     p.add_argument(
         "--methods", metavar="NAMES",
-        help="with options after colons, such as tfmq:fsc=temporal:time_steps=20; all that fit the model by default",
+        help="with options after colons, such as tfmq:fsc=temporal:time_steps=20, or with another coverage, "
+        "tqdit:coverage=released; by default all that fit the model",
     )  # fmt: skip
     p.add_argument("--bits", default="W8A8,W4A8", metavar="BITS", help="such as W4A8,W4A32")
     add_calibration(p)
     p.add_argument("-n", type=int, default=64, metavar="N", help="images of each run")
     p.add_argument("--runs", type=int, default=3, metavar="R", help="runs with seeds S, S+1, ...; they give the spread")
     p.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there, too (they are in OUT anyway)")
+    add_classes(p)
     add_engine(p)
     p.set_defaults(run=run)
 
@@ -56,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     named = args.methods.split(",") if args.methods else methods_for(model.network.cfg.kind)
     methods = [parse_method(text) for text in named]
     args.out.mkdir(exist_ok=True)
+    request = requested(args, model, args.n)
     say(args, f"{model.name}: {len(methods)} methods at {len(bits)} bit-widths, {setting()}")
     entries = [(m, w, a, calibrated(args, m, w, a)) for w, a in bits for m in methods]
 
@@ -63,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     total = (1 + len(entries)) * args.runs * -(-args.n // BATCH) * args.steps
     with progress(total, "sample", args) as bar:
         follow = lambda _: bar.update()  # noqa: E731
-        reference = Reference.draw(model, args.n, seeds, args.steps, follow)
+        reference = Reference.draw(model, args.n, seeds, args.steps, follow, request)
         rows, pictures = [reference.row()], [("float32", reference.runs[args.seed].images[:SHOWN])]
         for (name, options), _, _, file in entries:
             row, images = measure(load_quantized(str(file)), reference, follow, args.engine)
@@ -73,11 +87,13 @@ def run(args: argparse.Namespace) -> int:
             rows.append(row)
             pictures.append((f"{row['method']} {row['bits']}", images[:SHOWN]))
     print_table(HEADER, [cells(row) for row in rows])
+    seen = "digits" if request is None else "requested digits"
+    asked = "" if request is None else f"guidance {request.guidance:g}, "
     caption = (
-        f"{model.name}, {args.runs} runs of {args.n} images, DDIM {args.steps} steps, seeds from {args.seed}; "
+        f"{model.name}, {args.runs} runs of {args.n} images, DDIM {args.steps} steps, {asked}seeds from {args.seed}; "
         f"calibrated on {args.images} trajectories, {args.iterations} iterations a block, {args.states} states by "
         f"{args.sampling}, {get_threads()} threads, refquant {__version__}. Frechet distance on mnist-classifier's "
-        "features, of small samples: compare rows, not papers."
+        f"features, of small samples: compare rows, not papers; recognised are {seen} with confidence above 0.9."
     )
     print(caption)
     facts = {"caption": caption, "rows": rows}
@@ -110,6 +126,12 @@ def parse_method(text: str) -> tuple[str, tuple[str, ...]]:
     return name, tuple(options)
 
 
+def split_coverage(named: tuple[str, ...], otherwise: str) -> tuple[str, list[str]]:
+    """("coverage=released", "fsc=all") -> ("released", ["fsc=all"]); the coverage is no option of a method."""
+    own = [text.partition("=")[2] for text in named if text.startswith("coverage=")]
+    return (own or [otherwise])[-1], [text for text in named if not text.startswith("coverage=")]
+
+
 def calibrated(
     args: argparse.Namespace, method: tuple[str, tuple[str, ...]], weight_bits: int, input_bits: int
 ) -> Path:
@@ -117,13 +139,14 @@ def calibrated(
 
     Each calibration is a process of its own, so that its peak memory is its own.
     """
-    name, options = method
-    label = "-".join([name, *(re.sub(r"\W", "_", o) for o in options)])
+    name, named = method
+    coverage, options = split_coverage(named, args.coverage)
+    label = "-".join([name, *(re.sub(r"\W", "_", o) for o in named)])
     file = args.out / f"{label}-W{weight_bits}A{input_bits}.safetensors"
     notes = file.with_suffix(".json")
     asked = [
         "quantize", args.model, "--method", name, "--weight-bits", str(weight_bits), "--input-bits", str(input_bits),
-        "--coverage", args.coverage, "--images", str(args.images), "--steps", str(args.steps),
+        "--coverage", coverage, "--images", str(args.images), "--steps", str(args.steps),
         "--states", str(args.states), "--sampling", args.sampling, "--iterations", str(args.iterations),
         "--seed", str(args.seed),
         *(part for option in options for part in ("--option", option)),

@@ -14,18 +14,23 @@ from .._version import __version__
 from ..deploy.runtime import integer_denoiser
 from ..diffusion.ddim import ddim_sample
 from ..diffusion.denoiser import NoisePredictor
+from ..diffusion.guidance import ClassPredictor
 from ..diffusion.model import load_model
-from ..errors import RangeError
+from ..errors import LoweringError, RangeError
 from ..evaluate import BATCH, Judge, Run, sample_run
 from ..metrics import psnr
 from ..quant.calibrate import Calibration, CalibrationConfig
 from ..quant.methods import method
+from ..quant.quantized import QuantizedModel
 from ..quant.reconstruct import ReconstructionConfig
 from ..quant.session import Session
 from ..viz import difference_images, labelled_rows, save_png
-from .common import add_verb, print_table, progress, say, setting, write_json
+from .common import add_classes, add_model, add_verb, print_table, progress, requested, say, setting, write_json
 
-ROWS = (("nearest", 8, 8), ("nearest", 4, 8), ("brecq", 4, 8), ("tfmq", 4, 8))  # method, bits of weights, activations
+ROWS = {  # by kind of network: method, bits of weights, of activations
+    "unet": (("nearest", 8, 8), ("nearest", 4, 8), ("brecq", 4, 8), ("tfmq", 4, 8)),
+    "dit": (("nearest", 8, 8), ("nearest", 4, 8), ("tqdit", 4, 8), ("tfmq", 4, 8)),
+}
 IMAGES, STATES = 32, 256  # of the calibration: half of the defaults of `refquant quantize`
 SHOWN = 12  # images of each row of the picture
 
@@ -36,10 +41,12 @@ def add(verbs: Any) -> None:
         verbs, "demo", "Draw digits in float and quantized, from the same noise: a table and a picture.",
         "refquant demo --seed 7 --out demo.png", out="refquant-demo.png",
     )  # fmt: skip
+    add_model(p)
     p.add_argument("-n", type=int, default=64, metavar="N", help="images per method")
     p.add_argument("--steps", type=int, default=25, metavar="K", help="DDIM steps")
     p.add_argument("--iterations", type=int, default=60, metavar="I", help="steps of learning for each block")
     p.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    add_classes(p)
     p.set_defaults(run=run)
 
 
@@ -47,14 +54,18 @@ def run(args: argparse.Namespace) -> int:
     """Sample in float, then with each quantized model; print the table and write the picture."""
     if args.n < 2:
         raise RangeError(f"-n is {args.n}; the table needs at least 2 images.")
-    model, judge = load_model("mnist-unet"), Judge()
-    say(args, f"{model.name}: {args.n} images, DDIM {args.steps} steps, seed {args.seed}, {setting()}")
+    model, judge = load_model(args.model), Judge()
+    request = requested(args, model, args.n)
+    asked = "" if request is None else f"guidance {request.guidance:g}, "
+    say(args, f"{model.name}: {args.n} images, DDIM {args.steps} steps, {asked}seed {args.seed}, {setting()}")
 
     sampler = partial(ddim_sample, steps=args.steps)
 
-    def draw(label: str, eps: NoisePredictor) -> Run:
+    def draw(label: str, eps: NoisePredictor | ClassPredictor) -> Run:
         with progress(-(-args.n // BATCH) * args.steps, label, args) as bar:
-            return sample_run(eps, model, args.n, sampler, seed=args.seed, on_step=lambda _: bar.update())
+            return sample_run(
+                eps, model, args.n, sampler, seed=args.seed, request=request, on_step=lambda _: bar.update()
+            )
 
     reference = draw("float32", model.denoiser())
     rows: list[dict[str, Any]] = []
@@ -62,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     def judge_row(name: str, bits: str, size: int, run: Run) -> None:
         rows.append({
             "method": name, "bits": bits, "size_mb": size / 1e6, "psnr_db": psnr(run.images, reference.images),
-            "frechet": judge.frechet(run.images), "recognised": judge.confident(run.images), "seconds": run.seconds,
-            "calibration_seconds": 0.0,
+            "frechet": judge.frechet(run.images), "recognised": judge.recognised(run.images, request),
+            "seconds": run.seconds, "calibration_seconds": 0.0,
         })  # fmt: skip
 
     judge_row("float32", "W32A32", 4 * model.network.parameter_count(), reference)
@@ -71,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     calibration = Calibration(model, CalibrationConfig(images=IMAGES, steps=args.steps))
     learning = ReconstructionConfig(iterations=args.iterations, seed=args.seed)
     states = min(STATES, IMAGES * args.steps)
-    integers = kernels.active() != "ref"  # in NumPy, integer products are ten times slower than float ones
-    for name, weight_bits, input_bits in ROWS:
+    simulated: dict[str, str] = {}  # why, by row
+    for name, weight_bits, input_bits in ROWS[model.network.cfg.kind]:
         began = time.perf_counter()
         session = Session(
             calibration, weight_bits, input_bits, reconstruction=learning, states=states, quiet=args.quiet
@@ -80,7 +91,10 @@ def run(args: argparse.Namespace) -> int:
         quantized = method(name)(session)
         bits = f"W{weight_bits}A{input_bits}"
         say(args, f"{bits} {name}: calibrated without data in {time.perf_counter() - began:.1f} s")
-        made = draw(f"{bits} {name}", integer_denoiser(quantized, "c") if integers else quantized.denoiser())
+        eps, why = predictor(quantized)
+        if why:
+            simulated[f"{name} {bits}"] = why
+        made = draw(f"{bits} {name}", eps)
         judge_row(name, bits, quantized.size_bytes(), made)
         rows[-1]["calibration_seconds"] = time.perf_counter() - began - made.seconds
         pictures.append((f"{bits} {name}\n{rows[-1]['psnr_db']:.1f} dB", made.images[:SHOWN]))
@@ -96,13 +110,28 @@ def run(args: argparse.Namespace) -> int:
     ]  # fmt: skip
     print_table(("method", "bits", "MB", "PSNR dB", "Frechet*", "recognised", "calibration s", "sampling s"), table)
     print(f"* small sample of {args.n}, on the features of mnist-classifier: compare rows, not papers.")
-    print(
-        f"Quantized rows are computed in integers, by the C core's kernel {kernels.active()}."
-        if integers
-        else "There is no C core: quantized rows are simulated in float32, and their seconds are not those of integers."
-    )
+    if request is not None:
+        print(f"Recognised are images of the requested digit, guidance {request.guidance:g}.")
+    if len(simulated) < len(rows) - 1:
+        print(f"Quantized rows are computed in integers, by the C core's kernel {kernels.active()}.")
+    if simulated:
+        which = "Quantized rows" if len(simulated) == len(rows) - 1 else ", ".join(simulated)
+        print(
+            f"{which}: simulated in float32, and their seconds are not those of integers. "
+            + " ".join(dict.fromkeys(simulated.values()))
+        )
     print(f"picture: {args.out}")
     for r in rows:  # JSON has no infinity
         r["psnr_db"] = None if math.isinf(r["psnr_db"]) else r["psnr_db"]
     write_json(args.json, {**facts, "rows": rows})
     return 0
+
+
+def predictor(quantized: QuantizedModel) -> tuple[NoisePredictor | ClassPredictor, str]:
+    """The model in integers on the C core; or simulated in float32, and why."""
+    if kernels.active() == "ref":  # in NumPy, integer products are ten times slower than float ones
+        return quantized.denoiser(), "There is no C core."
+    try:
+        return integer_denoiser(quantized, "c"), ""
+    except LoweringError as error:
+        return quantized.denoiser(), str(error)

@@ -8,6 +8,11 @@ random signs, g = J'v is one backward pass, and E[g g'] = J'J.
     fisher         g = d |f - wanted|² / dz      the empirical Fisher of the denoising loss (TQ-DiT eq. 11, 16)
     none           g = 1                         a search for the layer's own error
 
+**Each step of the sampler counts alike** (`evened`). A network that predicts v or eps is most sensitive at the last,
+cleanest steps, in which the sampler hardly moves; a search by g² as it is minimises the denoising loss, and with it
+clips what the first steps need, which make the image. Mnist-dit at W6A6 (32 trajectories, 512 states; median PSNR of 30
+images): 34.2 dB without a guide, with g² below 33, with g² evened 35.1.
+
 (What the released codes differentiate instead, and why it is nothing, is told in `guided`.)
 
 A conditional network is asked with the classes of the recorded trajectories, half of them "no class", and never through
@@ -20,7 +25,7 @@ Errors: `UnknownNameError` for another guide.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +141,25 @@ def samples(
 
     parts = parallel_map(run, range(0, len(states), CHUNK))
     return {name: _joined([part[i] for part in parts]) for i, name in enumerate(names)}
+
+
+def evened(sample: Sample) -> Sample:
+    """The same sample with gradients in units of their root mean square at the same step of the sampler.
+
+    Parameters
+    ----------
+    sample : Sample
+
+    Returns
+    -------
+    Sample
+        Where a step has no gradient at all, it stays without.
+    """
+    g = sample.g.copy()
+    for step in np.unique(sample.step):
+        rows = sample.step == step
+        g[rows] /= np.float32(max(np.sqrt(np.square(g[rows], dtype=np.float64).mean()), np.finfo(np.float32).tiny))
+    return replace(sample, g=g)
 
 
 def _loss(

@@ -135,16 +135,21 @@ def _norm(x: Float64) -> Float64:
     return np.asarray(np.sqrt(np.square(x).sum(axis=1)))
 
 
-def quantized_features(model: QuantizedModel, t: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-    """Temporal features (N, C_i) of a quantized model, of no class, with its tables where its sampler visits t.
+def quantized_features(
+    model: QuantizedModel, t: NDArray[np.int64], y: NDArray[np.integer] | None = None
+) -> dict[str, NDArray[np.float32]]:
+    """Temporal features (N, C_i) of a quantized model, with its tables where its sampler visits t.
 
-    At any other t an activation with a table takes the exact range of that t, which is what finite set calibration
-    would store for a sampler that visits it. Cached features exist at visited t only: elsewhere the nearest is given.
+    At any other t an activation with a table takes the exact range of that t, over all classes, which is what finite
+    set calibration would store for a sampler that visits it. Cached features exist at visited t only: elsewhere the
+    nearest is given.
 
     Parameters
     ----------
     model : QuantizedModel
     t : int64 array, (N,)
+    y : int array, (N,), optional
+        Classes; without them, none.
 
     Returns
     -------
@@ -156,26 +161,33 @@ def quantized_features(model: QuantizedModel, t: NDArray[np.int64]) -> dict[str,
     cached = {model.layers[name].input.name for name in model.features}  # these layers are not run
     stepped = {n: q for m in modules for n, q in activation_quantizers(m).items() if q.table and n not in cached}
     if not stepped and not model.features:
-        return features(model.network, t)
-    visited = model.timesteps()
-    ranges = _exact_ranges(model.network, t)
-    rows = []
-    for i, now in enumerate(t):
+        return features(model.network, t, y)
+    visited, distinct = model.timesteps(), np.unique(t)
+    ranges = _exact_ranges(model.network, distinct)
+    out: dict[str, NDArray[np.float32]] = {}
+    for i, now in enumerate(distinct):
         step = int(np.abs(visited - now).argmin())
         model.at_step(step)
         if visited[step] != now:
             for name, quantizer in stepped.items():
                 lo, hi = (end[i] for end in ranges[name])
                 quantizer.qparams = from_range(lo, hi, quantizer.table.spec)
-        rows.append(features(model.network, t[i : i + 1]))
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        here = np.flatnonzero(t == now)
+        for name, rows in features(model.network, t[here], None if y is None else y[here]).items():
+            out.setdefault(name, np.empty((len(t), rows.shape[1]), np.float32))[here] = rows
+    return out
 
 
 def _exact_ranges(network: Network, t: NDArray[np.int64]) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Smallest and largest input of each temporal activation at each of t (N,), with activations in float."""
+    """Smallest and largest input of each temporal activation at each of t (N,), of all classes, in float."""
     seen: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]] = {}
-    own = watched(network, lambda name, x: seen.__setitem__(name, (x.min(axis=1), x.max(axis=1))))
+
+    def note(name: str, x: NDArray[np.float32]) -> None:
+        rows = x.reshape(len(t), -1)  # all conditions of a time-step lie side by side
+        seen[name] = (rows.min(axis=1), rows.max(axis=1))
+
+    own = watched(network, note)
     for quantizer in activation_quantizers(own).values():
         quantizer.set(None)
-    features(own, t)
+    features(own, *every_condition(t, network.cfg.classes))
     return seen

@@ -9,7 +9,7 @@ from toys import CALIBRATION, TINY_DIT, tiny_dit, tiny_model, tiny_session
 from refquant.errors import RangeError, ShapeError, UnknownNameError
 from refquant.quant.affine import QSpec, dequantize
 from refquant.quant.calibrate import Calibration
-from refquant.quant.curvature import samples
+from refquant.quant.curvature import evened, samples
 from refquant.quant.dynamic import PerToken
 from refquant.quant.grids import GridTable
 from refquant.quant.groupwise import as_rows, group_qparams
@@ -215,6 +215,7 @@ def test_the_search_beats_min_max_on_what_it_searches(recorded):
     states = pick(recorded.trajectories, 8, 0)
     names = token_layers(TINY_DIT)
     seen = samples(recorded.model, names, recorded.trajectories, states, tokens=160, seed=0)
+    seen = {name: evened(sample) for name, sample in seen.items()}
     weights = recorded.model.network.state_dict()
     for name in names:
         (x,), w, g = seen[name].inputs, weights[f"{name}.weight"], seen[name].g

@@ -48,6 +48,22 @@ def test_a_models_own_outputs():
     assert all(r.pays == (r.positive < 0.25) and 0 <= r.positive <= 1 for _, _, r in gelu)
     text = mrq.model_report(tiny_dit(replace(TINY_DIT, depth=1), timesteps=50))
     assert text.count("| 49 | 0 |") == 2 and text.count("**") == 2 * 2 * 5
+    assert [line[:9] for line in text.splitlines() if " to " in line] == ["| 8 | 5 |", "| 6 | 5 |", "| 4 | 5 |"]
+
+
+def test_the_summary_counts_who_is_best():
+    """Three rows: MRQ is best in one, twice as bad in the flattest; of GELU, it wins one row with few positives."""
+
+    def softmax(sharpness, shift, uniform, regions, log2=9.0):
+        errors = {"unsigned, searched": uniform, "log2": log2, "disjoint MRQ": regions}
+        return 0, 0, mrq.SoftmaxRow(4, sharpness, 8, shift, errors)
+
+    def gelu(positive, asymmetric, regions):
+        return 0, 0, mrq.GeluRow(0, 1, 8, positive, positive < 0.25, {"asymmetric": asymmetric, "MRQ": regions})
+
+    softmaxes = [softmax(1, 4, 1, 2), softmax(9, 2, 4, 1), softmax(5, 3, 4, 2, 1.0)]
+    text = mrq.summary({8: (softmaxes, [gelu(0.1, 2, 1), gelu(0.2, 1, 2), gelu(0.5, 1, 2)])})
+    assert text.splitlines()[-1] == "| 8 | 3 | 1 | 0.63 | 0.25 | 2.00 | 2 to 4 | 1 | 1 of 2 | 0 of 1 |"
 
 
 def test_the_report_is_a_table(rows):

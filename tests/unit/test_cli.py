@@ -226,6 +226,27 @@ def test_demo_prints_a_table_and_writes_a_picture(run, monkeypatch):
 
 
 @shipped
+def test_demo_of_a_transformer(run, dit, monkeypatch):
+    """Its own methods; what has no integer form is simulated, and that is said."""
+    monkeypatch.setattr(refquant.commands.demo, "IMAGES", 4)
+    monkeypatch.setattr(refquant.commands.demo, "STATES", 40)
+    options = ("-n", 3, "--steps", 10, "--iterations", 1, "--guidance", 1.5, "--out", "d.png", "--json", "d.json")
+    code, out, _ = run("demo", "--model", dit, *options)
+    assert code == 0 and "requested digit, guidance 1.5" in out and "has no integer form" in out
+    rows = json.loads(Path("d.json").read_text())["rows"]
+    assert [r["method"] for r in rows] == ["float32", "nearest", "nearest", "tqdit", "tfmq"]
+    assert all(0 <= r["recognised"] <= 1 for r in rows) and read_png_text("d.png")["model"] == "dit"
+    assert refused(run("demo", dit, "--class", 5), "classes 0 to 4")
+
+
+def test_a_model_is_given_by_place_or_by_name():
+    parse = cli.parser().parse_args
+    for verb in ("compare", "demo"):
+        asked = [[verb], [verb, "a"], [verb, "--model", "b"]]
+        assert [parse(words).model for words in asked] == ["mnist-unet", "a", "b"]
+
+
+@shipped
 def test_evaluate_prints_spreads(run):
     arguments = ("-n", 3, "--runs", 2, "--steps", 2, "--reference", "mnist-unet", "--json", "e.json")
     code, out, _ = run("evaluate", "mnist-unet", *arguments)

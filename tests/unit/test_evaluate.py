@@ -9,7 +9,7 @@ from refquant.diffusion.ddim import ddim_sample
 from refquant.diffusion.model import DiffusionModel, asset_names
 from refquant.diffusion.schedule import cosine
 from refquant.errors import RangeError
-from refquant.evaluate import BATCH, Judge, per_step_error, sample_run
+from refquant.evaluate import BATCH, Judge, Request, per_step_error, sample_run
 from refquant.nn.unet import UNet, UNetConfig
 
 MODEL = DiffusionModel("tiny", UNet(UNetConfig(4, 1, 4, (1,), 1, (), 2, 0.0), np.random.default_rng(0)), cosine(10))
@@ -53,4 +53,6 @@ def test_the_judge_tells_noise_from_nothing():
     for k in (0, 8):  # the share that is recognised as k, of images that are all requested to be k
         assert judge.obedient(noise, np.full(100, k)) == np.mean(sure[:, k] > 0.9)
     assert judge.obedient(noise, sure.argmax(axis=1)) == judge.confident(noise) > 0
+    assert judge.recognised(noise, None) == judge.confident(noise)
+    assert judge.recognised(noise, Request(np.full(100, 8))) == judge.obedient(noise, np.full(100, 8))
     assert judge.metadata["test_accuracy"] >= 0.99

@@ -19,7 +19,9 @@ Nothing is learned: it is a search in one dimension for each layer, and takes a 
 Where we differ and why.
 
 1. **The gradient.** Theirs is that of a KL divergence between two outputs of one float network: nothing, or an artefact
-   of batching (see `guided`). Ours is the Gauss-Newton diagonal, or the empirical Fisher that the text derives.
+   of batching (see `guided`). Ours is the Gauss-Newton diagonal, or the empirical Fisher that the text derives; and
+   each step of the sampler counts alike (`even`), where the text's sums let the cleanest, which move the image
+   least, count most (see `curvature`).
 2. **Disjoint regions.** Theirs are added up, which is worse than a uniform quantizer (see `mrq_softmax`); m is at most
    k - 1, theirs goes to 19.
 3. **The sign split only where it pays**: fewer than a quarter of positive numbers (`gelu="auto"`); theirs is everywhere
@@ -45,7 +47,7 @@ from ...nn.layers import Linear
 from ...threads import parallel_map
 from ..affine import QParams, QSpec
 from ..affine import quantize as to_codes
-from ..curvature import Sample, check_guide, samples
+from ..curvature import Sample, check_guide, evened, samples
 from ..grids import Grid, GridTable
 from ..guided import search, search_attention, shrunk_ranges
 from ..mrq_sign import GELU_LOWEST, SILU_LOWEST, candidates, pays
@@ -74,6 +76,7 @@ def quantize(
     guide: str = "gauss-newton",
     softmax: str = "regions",
     gelu: str = "auto",
+    even: bool = True,
 ) -> QuantizedModel:
     """Quantize a diffusion transformer by TQ-DiT.
 
@@ -91,6 +94,8 @@ def quantize(
         Quantizer of softmax outputs.
     gelu : {"auto", "split", "uniform"}
         A step for either sign behind GELU and SiLU: where it pays, always, or never.
+    even : bool
+        Let each step of the sampler count alike in the guide (see `refquant.quant.curvature.evened`).
 
     Returns
     -------
@@ -107,7 +112,9 @@ def quantize(
     seed = session.reconstruction.seed
     states = _picked(session, time, session.states, seed)
     few = _picked(session, time, min(session.states, PRODUCTS * groups), seed + 1)
-    run = session.start("tqdit", groups=groups, scope=scope, guide=guide, softmax=softmax, gelu=gelu)
+    run = session.start(
+        "tqdit", groups=groups, scope=scope, guide=guide, softmax=softmax, gelu=gelu, even=even
+    )
     run.nearest_weights()  # of the patches, which the search below does not reach
     run.shared_inputs()
     linear = [name for name, layer in run.layers.items() if isinstance(layer.layer, Linear)]
@@ -118,8 +125,9 @@ def quantize(
         )
         attended = samples(model, products, trajectories, few, guide, seed=seed)
     with run.phase("search"):
-        parallel_map(lambda name: search_linear(run, name, seen[name], time, scope, gelu), linear)
-        parallel_map(lambda name: search_product(run, name, attended[name], time, scope, softmax), products)
+        weighted = {name: evened(sample) if even else sample for name, sample in (seen | attended).items()}
+        parallel_map(lambda name: search_linear(run, name, weighted[name], time, scope, gelu), linear)
+        parallel_map(lambda name: search_product(run, name, weighted[name], time, scope, softmax), products)
     return run.finish()
 
 

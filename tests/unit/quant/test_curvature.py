@@ -10,7 +10,7 @@ from refquant.autograd import Tensor, gradients, ops
 from refquant.errors import UnknownNameError
 from refquant.quant import curvature
 from refquant.quant.calibrate import Calibration
-from refquant.quant.curvature import samples
+from refquant.quant.curvature import Sample, evened, samples
 from refquant.quant.importance import finish, wanted_answer
 from refquant.quant.record import ask, pick, unit_inputs, unit_output
 
@@ -127,6 +127,17 @@ def test_it_does_not_need_a_transformer():
     recorded = Calibration(model, CALIBRATION).trajectories
     found = samples(model, ["mid.attn_1.product", "temb.dense.0"], recorded, recorded.at([0]))
     assert found["temb.dense.0"].g.shape[0] == 3
+
+
+def test_every_step_counts_alike():
+    """g / rms of the step, by hand; equal weights stay equal, and a step without any slope stays without."""
+    g = np.float32([[3, 1], [1, 3], [0.1, 0], [0, 0], [0, 0]])
+    sample = Sample((np.zeros((5, 4), np.float32),), g, np.array([7, 7, 2, 4, 4]))
+    got = evened(sample)
+    want = [[9 / 5, 1 / 5], [1 / 5, 9 / 5], [2, 0], [0, 0], [0, 0]]
+    np.testing.assert_allclose(np.square(got.g), want, rtol=1e-6)
+    assert got.inputs is sample.inputs and sample.g[0, 0] == 3
+    np.testing.assert_array_equal(evened(replace(sample, g=np.full((5, 2), 7, np.float32))).g, 1)
 
 
 def test_unknown_guides(dit, trajectories):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import tiny_model, tiny_session
+from toys import tiny_dit, tiny_model, tiny_session
 
 from refquant.autograd import Tensor, no_grad
 from refquant.errors import ShapeError
@@ -14,7 +14,7 @@ from refquant.quant.affine import QSpec
 from refquant.quant.calibrate import CalibrationConfig
 from refquant.quant.methods import METHODS
 from refquant.quant.observers import minmax
-from refquant.quant.temporal import TemporalBlock, feature_errors, features, quantized_features
+from refquant.quant.temporal import TemporalBlock, every_condition, feature_errors, features, quantized_features
 from refquant.quant.wrap import rebuild, wrap
 
 T = 20
@@ -186,3 +186,45 @@ def test_a_schedule_of_one_time_step():
     )
     got = quantized_features(quantized, np.arange(1))
     assert all(rows.shape[0] == 1 and np.isfinite(rows).all() for rows in got.values())
+
+
+# ------------------------------------------------------------------ conditional transformers
+
+
+@pytest.fixture(scope="module")
+def conditional():
+    """A transformer of 3 classes with 4-bit tables, at t = 15, 10, 5 and 0."""
+    return METHODS["tfmq"](tiny_session(tiny_dit(), weight_bits=4, input_bits=4), tiar_iterations=2)
+
+
+def test_classes_have_features_of_their_own(conditional):
+    """Row by row what the network gives for this t and this class, whatever the order they are asked in."""
+    t, y = every_condition(ALL, 3)
+    assert len(t) == len(y) == T * 4
+    got = quantized_features(conditional, t, y)
+    order = np.random.default_rng(0).permutation(len(t))
+    mixed = quantized_features(conditional, t[order], y[order])
+    for step, now in enumerate(conditional.timesteps()):
+        conditional.at_step(step)
+        for k in range(4):
+            want = features(conditional.network, np.array([now]), np.array([k]))
+            for name, rows in want.items():
+                np.testing.assert_allclose(got[name][4 * now + k], rows[0], rtol=1e-5, atol=1e-6)
+    for name, rows in got.items():
+        np.testing.assert_allclose(mixed[name], rows[order], rtol=1e-5, atol=1e-6)
+        assert len(np.unique(rows[:4].round(4), axis=0)) == 4  # at t = 0 no two classes are told the same
+        np.testing.assert_allclose(quantized_features(conditional, ALL)[name], rows[3::4], rtol=1e-5, atol=1e-6)
+
+
+def test_at_other_time_steps_the_range_is_that_of_all_classes(conditional):
+    """Asked for one class, the range is still that of every class at this t: a table has one row for all."""
+    t, quantizers = 7, {n: q for n, q in conditional.quantizers().items() if "adaLN" in n or "t_embedder" in n}
+    seen = {}
+    for q in quantizers.values():
+        q.qparams, q.watcher = None, lambda name, value: seen.setdefault(name, value.copy())
+    features(conditional.network, *every_condition(np.array([t]), 3))
+    for name, q in quantizers.items():
+        q.qparams, q.watcher = minmax(seen[name], QSpec(4)), None
+    want = features(conditional.network, np.array([t]), np.array([1]))
+    for name, rows in quantized_features(conditional, np.array([t]), np.array([1])).items():
+        np.testing.assert_allclose(rows, want[name], rtol=1e-5, atol=1e-6)
