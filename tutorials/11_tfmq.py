@@ -312,9 +312,10 @@ def loss_and_gradient(w, e, y):
 
 # %%
 floor = np.floor(flat / scale)
+ITERATIONS = 300  # here and in the library below: change it, and all pictures after it change
 
 
-def tiar(iterations=300, t=T, rounding=0.01, warmup=0.2, rate=0.03, batch=256, learns=1.0, seed=0):
+def tiar(iterations=ITERATIONS, t=T, rounding=0.01, warmup=0.2, rate=0.03, batch=256, learns=1.0, seed=0):
     """Codes, final h, and the loss without the rounding term at each iteration."""
     fraction = flat / scale - floor
     alpha = np.log((fraction + 0.1) / (1.1 - fraction))  # h(alpha) = fraction: learning starts at the float weights
@@ -346,7 +347,7 @@ def error(codes):
 ((codes, _, losses),) = parallel_map(lambda _: tiar(), [0])
 print(f"feature error {error(nearest):.3f} -> {error(codes):.3f}; {np.mean(codes != nearest):.1%} of the weights")
 print("are no longer at their nearest code")
-assert error(codes) < error(nearest) / 3
+assert error(codes) < error(nearest) / 3 or ITERATIONS < 200, "300 iterations bring it to a sixth"
 
 # %% [markdown]
 # The library does the same on its tape. With the same seed it draws the same mini-batches and must end at the same
@@ -357,7 +358,7 @@ session = Session(Calibration(model, CalibrationConfig(images=8, steps=STEPS)), 
 run = session.start("tutorial")
 for name, q in zip(order, grids, strict=True):
     run.layers[name].quantize_weight(q)
-tfmq.tiar(run, temporal, T, iterations=300)
+tfmq.tiar(run, temporal, T, iterations=ITERATIONS)
 
 library = np.concatenate([run.layers[name].codes.ravel() for name in order])
 print(f"{np.mean(library == codes):.2%} of the codes agree")
@@ -498,7 +499,7 @@ def whole_network(temporal_layers_are):
     run = session.start("tutorial")
     run.nearest_weights()
     if temporal_layers_are == "maintained":
-        tfmq.tiar(run, temporal, T, iterations=300)
+        tfmq.tiar(run, temporal, T, iterations=ITERATIONS)
         tfmq.finite_set_calibration(run, temporal, "temporal", "exact")
         return run.finish()
     run.shared_inputs()

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import kernels
 from .._version import __version__
 from ..deploy.runtime import integer_denoiser
@@ -18,7 +20,7 @@ from ..diffusion.guidance import ClassPredictor
 from ..diffusion.model import load_model
 from ..errors import LoweringError, RangeError
 from ..evaluate import BATCH, Judge, Run, sample_run
-from ..metrics import psnr
+from ..metrics import per_image_psnr, psnr
 from ..quant.calibrate import Calibration, CalibrationConfig
 from ..quant.methods import method
 from ..quant.quantized import QuantizedModel
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     def judge_row(name: str, bits: str, size: int, run: Run) -> None:
         rows.append({
             "method": name, "bits": bits, "size_mb": size / 1e6, "psnr_db": psnr(run.images, reference.images),
+            "psnr_median_db": float(np.median(per_image_psnr(run.images, reference.images))),
             "frechet": judge.frechet(run.images), "recognised": judge.recognised(run.images, request),
             "seconds": run.seconds, "calibration_seconds": 0.0,
         })  # fmt: skip
@@ -100,15 +103,20 @@ def run(args: argparse.Namespace) -> int:
         pictures.append((f"{bits} {name}\n{rows[-1]['psnr_db']:.1f} dB", made.images[:SHOWN]))
         pictures.append(("difference", difference_images(made.images[:SHOWN], reference.images[:SHOWN])))
 
-    facts = {"model": model.name, "n": args.n, "steps": args.steps, "seed": args.seed, "refquant": __version__}
+    facts = {
+        "model": model.name, "n": args.n, "steps": args.steps, "seed": args.seed, "iterations": args.iterations,
+        "rows": ", ".join(f"{r['method']} {r['bits']}" for r in rows), "kernel": kernels.active(),
+        "refquant": __version__,
+    }  # fmt: skip
     save_png(args.out, labelled_rows(pictures), facts)
     table = [
-        (r["method"], r["bits"], f"{r['size_mb']:.2f}", "-" if math.isinf(r["psnr_db"]) else f"{r['psnr_db']:.1f}",
+        (r["method"], r["bits"], f"{r['size_mb']:.2f}", decibel(r["psnr_db"]), decibel(r["psnr_median_db"]),
          f"{r['frechet']:.1f}", f"{100 * r['recognised']:.0f} %", f"{r['calibration_seconds']:.1f}",
          f"{r['seconds']:.1f}")
         for r in rows
     ]  # fmt: skip
-    print_table(("method", "bits", "MB", "PSNR dB", "Frechet*", "recognised", "calibration s", "sampling s"), table)
+    header = ("method", "bits", "MB", "PSNR dB", "median dB", "Frechet*", "recognised", "calibration s", "sampling s")
+    print_table(header, table)
     print(f"* small sample of {args.n}, on the features of mnist-classifier: compare rows, not papers.")
     if request is not None:
         print(f"Recognised are images of the requested digit, guidance {request.guidance:g}.")
@@ -122,9 +130,15 @@ def run(args: argparse.Namespace) -> int:
         )
     print(f"picture: {args.out}")
     for r in rows:  # JSON has no infinity
-        r["psnr_db"] = None if math.isinf(r["psnr_db"]) else r["psnr_db"]
+        for key in ("psnr_db", "psnr_median_db"):
+            r[key] = None if math.isinf(r[key]) else r[key]
     write_json(args.json, {**facts, "rows": rows})
     return 0
+
+
+def decibel(number: float) -> str:
+    """One digit; the float row's infinity is a dash."""
+    return "-" if math.isinf(number) else f"{number:.1f}"
 
 
 def predictor(quantized: QuantizedModel) -> tuple[NoisePredictor | ClassPredictor, str]:

@@ -190,7 +190,8 @@ class Program:
         if not 0 <= step < len(self.timesteps) or self.timesteps[step] != t:
             raise RangeError(
                 f"step {step}, t = {t}: this program was made for {len(self.timesteps)} steps from "
-                f"t = {self.timesteps[0]} to {self.timesteps[-1]}. Sample with those, or lower the model again."
+                f"t = {self.timesteps[0]} to {self.timesteps[-1]}. "
+                "Sample with as many steps, or quantize for others (`refquant quantize --steps`)."
             )
 
     def checked_classes(self, y: NDArray[np.integer] | None, images: int) -> NDArray[np.integer]:
