@@ -292,9 +292,10 @@ def gated_add(x: Floats, gate: Floats, h: Floats, *, out: Floats | None = None) 
 
     Parameters
     ----------
-    x, h : float32 arrays, (N, L, D)
+    x : float32 array, (N, L, D)
     gate : float32 array, (N, D)
         Of each image; columns of a wider array are read in place.
+    h : float32 array, (N, L, D)
     out : float32 array, (N, L, D), optional
         Filled and returned: C-contiguous. It may be x or h itself, and may overlap no operand otherwise.
 

@@ -83,9 +83,9 @@ def products(
     scale: float = 1.0,
     regions: Regions | None = None,
 ) -> Floats:
-    """Multiply; parameters are those of `refquant.kernels.products`.
+    """Multiply in float64, which holds every integer up to 2^53: BLAS computes with integers (see `refquant.ref.gemm`).
 
-    In float64, which holds every integer up to 2^53: BLAS computes with integers (see `refquant.ref.gemm`).
+    Parameters are those of `refquant.kernels.products`.
     """
     shape, rounded = check_products(a, b, transpose_b, a_zero_point, b_zero_point, scale, regions)
     right = b.astype(np.float64) - b_zero_point
