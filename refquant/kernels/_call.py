@@ -19,6 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from numpy.typing import NDArray
+
+from ..errors import ShapeError
 from ._ext import lib
 
 _own = threading.local()
@@ -94,6 +97,12 @@ def fill(name: str, function: Callable[[], None]) -> None:
 def is_recording() -> bool:
     """Tell whether this thread keeps its calls: operands must then be read where they are, not from a copy."""
     return getattr(_own, "calls", None) is not None
+
+
+def refuse_copy(x: NDArray[Any]) -> None:
+    """Refuse to record a call whose operand would be read from a copy."""
+    if is_recording():
+        raise ShapeError(f"operand {x.dtype} {x.shape} would be copied: a recorded call cannot read it in place.")
 
 
 @contextmanager

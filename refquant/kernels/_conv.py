@@ -19,7 +19,7 @@ from .. import ref
 from ..errors import RangeError, ShapeError
 from ..ref.output import INT32_MAX, Dequantize, Requantize
 from ..threads import get_threads
-from ._call import call, fill, is_recording
+from ._call import call, fill, refuse_copy
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 from ._weights import PackedWeights, as_packed
@@ -265,7 +265,8 @@ def _run(
     filled, added = ffi.from_buffer(out), None
     source.data, result.data = pixels, filled
     if residual is not None:
-        _in_place(residual, residual.flags.c_contiguous)
+        if not residual.flags.c_contiguous:
+            refuse_copy(residual)
         added = ffi.from_buffer(_FLOATS, np.ascontiguousarray(residual))
         result.residual, result.residual_ld = added, plan.shape[-1]
     threads = get_threads() if plan.multiplications >= lib.RQ_ALONE_BELOW else 1
@@ -276,12 +277,6 @@ def _run(
     return out
 
 
-def _in_place(x: NDArray[Any], readable: bool) -> None:
-    """Refuse to record the call of an operand that would be read from a copy."""
-    if not readable and is_recording():
-        raise ShapeError(f"operand {x.dtype} {x.shape} would be copied: a recorded call cannot read it in place.")
-
-
 def _readable(x: Codes) -> Codes:
     """Return x, or a copy, with pixels of a line together, and lines and images one after the other."""
     n, h, width, c = x.shape
@@ -289,7 +284,7 @@ def _readable(x: Codes) -> Codes:
     together = (channel == 1 or c == 1) and (pixel == c or width == 1)
     if together and line >= width * c and (n == 1 or image >= (h - 1) * line + width * c):
         return x
-    _in_place(x, False)
+    refuse_copy(x)
     return np.ascontiguousarray(x)
 
 

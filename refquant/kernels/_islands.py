@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import ShapeError
 from ..ref import islands
 from ..threads import get_threads
-from ._call import call, fill, is_recording
+from ._call import call, fill, refuse_copy
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 
@@ -336,8 +336,7 @@ def _whole(x: NDArray[Any]) -> NDArray[Any]:
     """Return x, or a copy, with its elements together and aligned."""
     if x.flags.c_contiguous and x.flags.aligned:
         return x
-    if is_recording():
-        raise ShapeError(f"operand {x.dtype} {x.shape} is not C-contiguous: a recorded call cannot read it in place.")
+    refuse_copy(x)
     return np.require(x, requirements=["C", "A"])
 
 

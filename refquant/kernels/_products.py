@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import ShapeError
 from ..ref import products as definition
 from ..threads import get_threads
-from ._call import call, fill, is_recording
+from ._call import call, fill, refuse_copy
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 
@@ -142,8 +142,7 @@ def _rows_together(x: NDArray[Any]) -> bool:
 def _readable(x: Codes) -> Codes:
     if _rows_together(x):
         return x
-    if is_recording():
-        raise ShapeError(f"operand {x.dtype} {x.shape} would be copied: a recorded call cannot read it in place.")
+    refuse_copy(x)
     return np.ascontiguousarray(x)
 
 

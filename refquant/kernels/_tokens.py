@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ShapeError
 from ..ref import islands, tokens
 from ..ref.products import check_regions
-from ._call import call, fill, is_recording
+from ._call import call, fill, refuse_copy
 from ._dispatch import active
 from ._ext import ROWS, ffi, lib
 from ._islands import Codes, Floats, Result, _filled, _floats, _stage, _target, _threads
@@ -333,8 +332,7 @@ def _conditions(*arrays: Floats) -> tuple[tuple[Floats, ...], int]:
     forward = all(x.flags.aligned and (d == 1 or x.strides[1] == 4) and x.strides[0] % 4 == 0 for x in arrays)
     if forward and len(distances) == 1 and min(distances) >= d:
         return arrays, distances.pop()
-    if is_recording():
-        raise ShapeError(f"conditions {arrays[0].shape} would be copied: a recorded call cannot read them in place.")
+    refuse_copy(arrays[0])
     return tuple(np.require(x, requirements=["C", "A"]) for x in arrays), d
 
 
