@@ -16,7 +16,7 @@ import numpy as np
 
 from .importance import step_errors, step_weights
 from .reconstruct import reconstruct
-from .record import States, pick, unit_inputs, unit_output
+from .record import States, Walk, pick
 from .session import Arrays, Run
 from .units import Unit
 from .wrap import QuantLayer
@@ -69,12 +69,13 @@ def reconstruct_units(run: Run, units: Sequence[Unit], states: States, *, import
     cfg = run.session.reconstruction
     todo = [(unit, [layer for layer in unit.layers if layer.weight_qparams is not None]) for unit in units]
     todo = [(unit, layers) for unit, layers in todo if layers]
+    names = [unit.name for unit, _ in todo]
     with run.phase("blocks"), run.bar(len(todo) * cfg.iterations, "blocks") as bar:
+        quantized, float_walk = Walk(run.network, names, states), Walk(run.model.network, names, states)
         for unit, layers in todo:
 
             def learn(unit: Unit = unit, layers: list[QuantLayer] = layers) -> Arrays:
-                inputs = unit_inputs(run.network, unit.name, states)
-                target = unit_output(run.model.network, unit.name, states)
+                inputs, target = quantized.inputs(unit.name), float_walk.output(unit.name)
                 weights = [run.weight(layer.name) for layer in layers]
                 given = None if importance is None else importance[unit.name]
                 losses = reconstruct(

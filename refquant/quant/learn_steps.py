@@ -26,7 +26,7 @@ from ..threads import parallel_map
 from .affine import QParams
 from .losses import reconstruction_loss
 from .reconstruct import CHUNK
-from .record import States, unit_inputs, unit_output
+from .record import States, Walk
 from .session import Arrays, Run
 from .units import Unit
 from .wrap import ActivationQuantizer, activation_quantizers
@@ -53,14 +53,14 @@ def learn_steps(run: Run, units: Sequence[Unit], states: States, iterations: int
         raise RangeError(f"learn_steps: {iterations} iterations at rate {rate}; at least 1, and a rate in (0, 1).")
     cfg = run.session.reconstruction
     with run.phase("steps"), run.bar(len(units) * iterations, "steps") as bar:
+        walk = Walk(run.model.network, [unit.name for unit in units], states)
         for unit in units:
             parts = [q for q in activation_quantizers(unit.module).values() if q.qparams is not None]
             if not parts:
                 continue
 
             def learn(unit: Unit = unit, parts: list[ActivationQuantizer] = parts) -> Arrays:
-                inputs = unit_inputs(run.model.network, unit.name, states)
-                target = unit_output(run.model.network, unit.name, states)
+                inputs, target = walk.inputs(unit.name), walk.output(unit.name)
                 draws = (
                     np.random.default_rng([cfg.seed, k]).permutation(len(target))[: cfg.batch]
                     for k in range(iterations)

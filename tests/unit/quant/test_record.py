@@ -10,8 +10,11 @@ from toys import CALIBRATION
 from refquant.autograd import Tensor, no_grad
 from refquant.diffusion.ddim import ddim_sample
 from refquant.diffusion.sampling import NoiseSource
-from refquant.errors import RangeError
-from refquant.quant.record import CHUNK, Trajectories, pick, unit_inputs, unit_output
+from refquant.errors import RangeError, UnknownNameError
+from refquant.nn.layers import Conv2d, Linear
+from refquant.nn.module import Module
+from refquant.quant.record import CHUNK, Trajectories, Walk, pick, unit_inputs, unit_output
+from refquant.quant.wrap import rebuild
 from refquant.threads import using_threads
 
 
@@ -169,3 +172,56 @@ def test_probing_leaves_the_network_alone_and_does_not_depend_on_threads(model, 
     with using_threads(2):
         np.testing.assert_array_equal(unit_output(model.network, "mid.block_1", states), alone)
     assert vars(model.network.mid) == before
+
+
+# ------------------------------------------------------------------ a walk from unit to unit
+
+ALL_LAYERS = "layers"
+BLOCKS = ("conv_in", "down.0.block.0", "mid.block_1", "mid.attn_1", "up.1.block.0", "up.0.block.0", "conv_out")
+
+
+@pytest.fixture
+def layers(model):
+    """Every layer, in the order of the network's own list, which is not that of execution."""
+    return [name for name, module in model.network.named_modules() if isinstance(module, (Conv2d, Linear))]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("units", [BLOCKS, ALL_LAYERS])
+def test_a_walk_sees_what_passes_of_their_own_see(model, states, layers, units, order):
+    """Inputs and outputs of all units, bit for bit, forwards (by registration) and backwards."""
+    units = layers if units == ALL_LAYERS else units
+    walk = Walk(model.network, units, states)
+    for unit in units[::order]:
+        for got, want in zip(walk.inputs(unit), unit_inputs(model.network, unit, states), strict=True):
+            np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(walk.output(unit), unit_output(model.network, unit, states))
+
+
+class Counted(Module):
+    """A module that notes its name when it runs on more than the one state that a walk tries things with."""
+
+    def __init__(self, name, module, calls):
+        self.name, self.module, self.calls = name, module, calls
+
+    def __call__(self, *given):
+        self.calls += [self.name] * (len(given[0].data) > 1)
+        return self.module(*given)
+
+
+def test_a_walk_runs_each_unit_once_and_keeps_what_is_still_taken(model, states):
+    """One call a chunk, none for the last; beside the unit just passed only skips that a later block takes are kept."""
+    calls, chunks = [], -(-len(states) // CHUNK)
+    walk = Walk(rebuild(model.network, lambda n, m: Counted(n, m, calls) if n in BLOCKS else None), BLOCKS, states)
+    kept = []
+    for name in BLOCKS:
+        walk.inputs(name)
+        kept.append(set.union(*map(set, walk._kept)))
+    assert sorted(calls) == sorted(BLOCKS[:-1] * chunks)
+    skips, end = {"conv_in", "down.0.block.0"}, {"conv_in", "up.0.block.0"}
+    assert kept == [set(), {"conv_in"}, skips, *(skips | {name} for name in BLOCKS[2:5]), end]
+
+
+def test_a_walk_says_which_units_there_are(model, states):
+    with pytest.raises(UnknownNameError, match=r"no module called 'mid\.block_9' is run.*conv_in"):
+        Walk(model.network, ["conv_in", "mid.block_9"], states)
