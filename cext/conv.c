@@ -112,28 +112,32 @@ static void run_part(const struct job *j, struct bench *b, const struct part *pa
 static int64_t lay_out(const struct job *j, uint8_t *memory, struct bench *b)
 {
     const int64_t rows = j->lines * j->wo, pixels = j->slab_lines * j->slab_width;
-    const int64_t sizes[7] = {
+    const int64_t sizes[9] = {
         rows * (int64_t)sizeof *b->rows,
         rows * (int64_t)sizeof *b->at,
         3 * j->lines * (int64_t)sizeof *b->parts,
         j->sums_pixels ? rows * (int64_t)sizeof *b->row_sums : 0,
         j->sums_pixels ? pixels * (int64_t)sizeof *b->pixel_sums : 0,
+        j->sums_pixels ? j->slab_width * (int64_t)sizeof *b->column_sums : 0,
+        j->sums_pixels ? rows * (int64_t)sizeof *b->window_sums : 0,
         RQ_MAX_ROWS * RQ_TILE_WIDTH * (int64_t)sizeof *b->tile,
         j->copies ? pixels * j->x->c + RQ_STEP : 0,
     };
-    int64_t at[8] = {0};
-    for (int i = 0; i < 7; i++)
+    int64_t at[10] = {0};
+    for (int i = 0; i < 9; i++)
         at[i + 1] = at[i] + round_up64(sizes[i]);
     if (memory) {
         b->rows = (const uint8_t **)(memory + at[0]);
         b->at = (int64_t *)(memory + at[1]);
         b->parts = (struct part *)(memory + at[2]);
         b->row_sums = (int32_t *)(memory + at[3]);
-        b->pixel_sums = (int32_t *)(memory + at[4]);
-        b->tile = (int32_t *)(memory + at[5]);
-        b->slab = memory + at[6];
+        b->pixel_sums = (uint32_t *)(memory + at[4]);
+        b->column_sums = (uint32_t *)(memory + at[5]);
+        b->window_sums = (uint32_t *)(memory + at[6]);
+        b->tile = (int32_t *)(memory + at[7]);
+        b->slab = memory + at[8];
     }
-    return at[7];
+    return at[9];
 }
 
 /* The pixels of one unit times its panel pairs. `loaded`: the place (image and lines) whose pixels are

@@ -47,7 +47,9 @@ struct bench {
     int64_t part_count;
     int64_t line_bytes;      /* from a line of the slab, or image, to the next */
     int32_t *row_sums;       /* sum of x over the whole window, of each row */
-    int32_t *pixel_sums;     /* sum over c of each pixel of the slab */
+    uint32_t *pixel_sums;    /* sum over c of each pixel of the slab; */
+    uint32_t *column_sums;   /* of kh of them, of each column of one line of windows; */
+    uint32_t *window_sums;   /* of kw of those: of each window, line after line */
     int32_t *tile;           /* (12, 32) sums, on their way to the output stage */
     uint8_t *slab;
 };
@@ -55,8 +57,11 @@ struct bench {
 /* Make the pixels of lines first .. first + lines - 1 of image n ready. */
 void rq_load_unit(const struct job *j, struct bench *b, int64_t n, int64_t first, int64_t lines);
 
-/* Sum of `count` bytes. */
+/* sums.c: the sum of `count` bytes; those of the c bytes of each of `pixels` pixels; and, for `count` k,
+ * to[k] = from[k] + from[k + distance] + ..., `terms` of them. */
 int32_t rq_sum_bytes(const uint8_t *x, int64_t count);
+void rq_sum_pixels(uint32_t *to, const uint8_t *x, int64_t pixels, int64_t c);
+void rq_add_up(uint32_t *to, const uint32_t *from, int64_t terms, int64_t distance, int64_t count);
 
 static inline int64_t rq_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t rq_min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -34,28 +34,6 @@
 
 enum { LEAST_ROWS = 4 };
 
-/* Sum of `count` bytes: 8 at a time, as four sums of 16 bits in one word. A lane grows by at most
- * 510 a word and holds 65535, hence 128 words at a time. */
-int32_t rq_sum_bytes(const uint8_t *x, int64_t count)
-{
-    const uint64_t even = 0x00ff00ff00ff00ffu;
-    int64_t i = 0;
-    uint32_t total = 0;
-    while (count - i >= 8) {
-        const int64_t end = i + rq_min((count - i) / 8, 128) * 8;
-        uint64_t lanes = 0;
-        for (; i < end; i += 8) {
-            uint64_t word;
-            memcpy(&word, x + i, 8);
-            lanes += (word & even) + ((word >> 8) & even);
-        }
-        total += (uint32_t)((lanes & 0xffff) + (lanes >> 16 & 0xffff) + (lanes >> 32 & 0xffff) + (lanes >> 48));
-    }
-    for (; i < count; i++)
-        total += x[i];
-    return (int32_t)total;
-}
-
 /* Copy the lines that `lines` lines of the result from line `first` on need, with their frame if it is
  * not there yet. */
 static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, int64_t first, int64_t lines,
@@ -80,22 +58,30 @@ static void fill_slab(const struct job *j, uint8_t *slab, const uint8_t *image, 
     memset(slab, 0, RQ_STEP);
 }
 
-/* Sum over the whole window of each row, from the sums over the channels of each pixel. */
+/* Sum over the whole window of each row: of the bytes of each pixel, of kh such below each other, and of kw of those
+ * side by side. */
 static void sum_windows(const struct job *j, struct bench *b, const uint8_t *start, int64_t first, int64_t lines)
 {
-    const int64_t width = j->slab_width, c = j->x->c;
-    for (int64_t i = 0; i < (lines - 1) * j->stride + j->w->kh; i++)
-        for (int64_t k = 0; k < width; k++)
-            b->pixel_sums[i * width + k] = rq_sum_bytes(start + i * b->line_bytes + k * c, c);
-    const struct part *last = &b->parts[b->part_count - 1];
-    for (int64_t r = 0; r < last->first + last->rows; r++) {
-        const int64_t line = b->at[r] / j->wo - first, column = b->at[r] % j->wo;
-        uint32_t sum = 0;
-        for (int64_t p = 0; p < j->w->kh; p++)
-            for (int64_t q = 0; q < j->w->kw; q++)
-                sum += (uint32_t)b->pixel_sums[(line * j->stride + p) * width + column * j->stride + q];
-        b->row_sums[r] = (int32_t)sum;
+    const int64_t width = j->slab_width, kh = j->w->kh, kw = j->w->kw;
+    uint32_t *const pixels = b->pixel_sums;
+    for (int64_t i = 0; i < (lines - 1) * j->stride + kh; i++)
+        rq_sum_pixels(pixels + i * width, start + i * b->line_bytes, width, j->x->c);
+
+    const int one = kh * kw * j->stride == 1; /* a window is a pixel */
+    for (int64_t i = 0; i < lines && !one; i++) {
+        uint32_t *const window = b->window_sums + i * j->wo;
+        rq_add_up(b->column_sums, pixels + i * j->stride * width, kh, width, width);
+        if (j->stride == 1)
+            rq_add_up(window, b->column_sums, kw, 1, j->wo);
+        else
+            for (int64_t k = 0; k < j->wo; k++)
+                rq_add_up(window + k, b->column_sums + k * j->stride, kw, 1, 1);
     }
+
+    const struct part *last = &b->parts[b->part_count - 1]; /* in the order of the rows */
+    const uint32_t *const sums = one ? pixels : b->window_sums;
+    for (int64_t r = 0; r < last->first + last->rows; r++)
+        b->row_sums[r] = (int32_t)sums[b->at[r] - first * j->wo];
 }
 
 /* Window lines (or columns) that lie inside of an image of `size`, for line (or column) i of the result. */

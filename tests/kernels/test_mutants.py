@@ -24,6 +24,15 @@ MUTANTS = {
     "a gap is forgotten": ("scalar", "conv.c", "t.gap = (steps - t.steps) * step_bytes", "t.gap = 0"),
     "a corner is subtracted twice": ("scalar", "conv.c", " + corner[3][o]", ""),
     "sums over windows of x are forgotten": ("scalar", "conv.c", "j.sums_pixels = w->zero_points[o] != 0", ";"),
+    "every second column of windows is summed one on": (
+        "scalar", "slab.c", "b->column_sums + k * j->stride, kw", "b->column_sums + k * j->stride + k % 2, kw",
+    ),
+    "windows of stride 2 are summed at every line": (
+        "scalar", "slab.c", "pixels + i * j->stride * width", "pixels + i * width",
+    ),
+    "eight bytes at the end are summed twice": ("scalar", "sums.c", "        i += 8;\n", ""),
+    "the last columns are not summed": ("scalar", "sums.c", "for (; k < count; k++)", "for (; k < count - 1; k++)"),
+    "the last term is forgotten": ("scalar", "sums.c", "sum += next;", "sum += i + 1 < terms ? next : 0 * next;"),
     "K zx zw is forgotten": ("scalar", "conv.c", "+ k * zx * zw", "+ 0 * k * zx * zw"),
     "the bias is forgotten": ("scalar", "conv.c", "(bias - (zx", "(0 * bias - (zx"),
     "other lines have the pixels of the first": (
