@@ -18,14 +18,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ..autograd import no_grad
 from ..errors import UnknownNameError
 from ..nn.networks import Network
 from ..threads import parallel_map
 from .affine import QSpec
-from .calibrate import CHUNK, record
+from .calibrate import CHUNK
 from .observers import RunningRange, StepRanges, StepTable
 from .observers.running import released_batches
-from .record import States, Trajectories
+from .record import States, Trajectories, ask
+from .wrap import watched
 
 KINDS = ("exact", "running")
 
@@ -100,4 +102,13 @@ def _every_class(states: States, classes: int) -> States:
 
 
 def _ranges(network: Network, states: States, names: Collection[str]) -> Ranges:
-    return {name: (value.min(), value.max()) for name, value in record(network, states) if name in names}
+    """Smallest and largest value of each of these quantizers' inputs, taken while they are in the cache."""
+    found: Ranges = {}
+
+    def see(name: str, value: NDArray[np.float32]) -> None:
+        if name in names:
+            found[name] = value.min(), value.max()
+
+    with no_grad():
+        ask(watched(network, see), states)
+    return found
