@@ -11,6 +11,7 @@ from ..deploy.export import export
 from ..deploy.results import IMAGES, result_quantizers
 from ..diffusion.model import find
 from ..errors import CheckpointError, RefquantError
+from ..nn.dit import DiT
 from ..quant.quantized import load_quantized
 from .common import add_verb, say, setting
 
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(f"{args.model} holds a {kind}: quantized models are exported. Quantize it first.")
     model = load_quantized(args.model)
     say(args, f"{model.base.name} {model.recipe['method']}, {setting()}")
+    if args.round_results and isinstance(model.network, DiT):
+        raise RefquantError("--round-results is for convolutions: ONNX Runtime multiplies the integers of a "
+                            "transformer without it. Leave it out.")  # fmt: skip
     results = result_quantizers(model, seed=args.seed) if args.round_results else {}
     network = export(model, step=args.step, results=results)
     written = network.SerializeToString()
@@ -58,17 +62,18 @@ def run(args: argparse.Namespace) -> int:
 def remarks(network: Any) -> list[str]:
     """Say where runtimes will not multiply integers, and what would help."""
     nodes = list(network.graph.node)
-    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    convolves = any(node.op_type == "Conv" for node in nodes)
+    products = [node for node in nodes if node.op_type == ("Conv" if convolves else "MatMul")]
     integer = {node.name for node in nodes if node.op_type == "DequantizeLinear"}
-    both = sum(node.input[0] in integer and node.input[1] in integer for node in convolutions)
-    out = [f"{both} of {len(convolutions)} convolutions multiply codes by codes"]
+    both = sum(node.input[0] in integer and node.input[1] in integer for node in products)
+    out = [f"{both} of {len(products)} {'convolutions' if convolves else 'matrix products'} multiply codes by codes"]
     tables = sum(node.op_type == "Gather" and node.name.endswith(".scale") for node in nodes)
     if tables:
         out.append(
             f"{tables} scales depend on the step, and runtimes multiply floats where scales are no constants: "
             "--step makes a network for one step"
         )
-    elif both and not any(node.name.endswith(".result") for node in nodes):
+    elif convolves and both and not any(node.name.endswith(".result") for node in nodes):
         out.append("ONNX Runtime multiplies integers with --round-results only; OpenVINO does as it is")
     own = sum(node.name.endswith(".weight") and len(node.input) == 3 for node in nodes)
     if own:

@@ -84,14 +84,27 @@ class Graph:
         self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), [name], name=name, **attributes))
         return name
 
-    def model(self, x_shape: Sequence[int], producer: str, facts: Mapping[str, str]) -> Any:
-        """Finish: input ``x`` and output ``eps``, ``(N, *x_shape)`` float32, and `facts` as the model's properties."""
+    def parts(self, x: str, names: Sequence[str], axis: int) -> list[str]:
+        """Cut a value into equal parts of these names along an axis."""
+        how = {"axis": axis, "num_outputs": len(names)}
+        self.nodes.append(self.onnx.helper.make_node("Split", [x], list(names), name=f"{x}.split", **how))
+        return list(names)
+
+    def model(
+        self, name: str, x_shape: Sequence[int], producer: str, facts: Mapping[str, str], *, classes: bool = False
+    ) -> Any:
+        """Finish: inputs and output ``eps`` like ``x``, ``(N, *x_shape)`` float32, `facts` as the model's properties.
+
+        Inputs are ``x``, of a network that knows `classes` ``y`` (N,) int64, and ``step`` () int64 unless it is known.
+        """
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
         inputs = [helper.make_tensor_value_info("x", kinds.FLOAT, ["N", *x_shape])]
+        if classes:
+            inputs.append(helper.make_tensor_value_info("y", kinds.INT64, ["N"]))
         if self.step is None:
             inputs.append(helper.make_tensor_value_info("step", kinds.INT64, []))
         outputs = [helper.make_tensor_value_info("eps", kinds.FLOAT, ["N", *x_shape])]
-        graph = helper.make_graph(self.nodes, "unet", inputs, outputs, list(self.initializers.values()))
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, list(self.initializers.values()))
         opset = [helper.make_opsetid("", OPSET)]
         made = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name=producer)
         helper.set_model_props(made, dict(facts))

@@ -11,6 +11,7 @@ from refquant.deploy import lower
 from refquant.deploy.inventory import inventory
 from refquant.deploy.plan import plan
 from refquant.nn.layers import Conv2d
+from refquant.quant.calibrate import Calibration
 from refquant.quant.methods import METHODS
 
 
@@ -18,7 +19,9 @@ from refquant.quant.methods import METHODS
 def files(calibration, tmp_path_factory):
     """Quantized models by name: all in integers, with tables, with float layers; and their float model."""
     folder = tmp_path_factory.mktemp("models")
+    transformer = Calibration(toys.tiny_dit(), toys.CALIBRATION)
     made = {
+        "dit": METHODS["nearest"](toys.tiny_session(transformer, weight_bits=4)),
         "whole": METHODS["nearest"](toys.tiny_session(calibration, weight_bits=4)),
         "tables": METHODS["tfmq"](toys.tiny_session(calibration, weight_bits=4), tiar_iterations=2),
         "partly": METHODS["nearest"](toys.tiny_session(calibration, coverage="layers")),
@@ -111,5 +114,11 @@ def test_export_writes_a_network_and_says_what_runtimes_make_of_it(run, files):
         assert second == f"{convolutions} of {convolutions} convolutions multiply codes by codes"
         assert rest == [] if remark is None else remark in rest[-1]
         assert any(n.name.endswith(".result") for n in network.graph.node) == ("--round-results" in options)
+    code, out, _ = run("export", "dit.safetensors", "--onnx", "x.onnx")
+    first, second = out.splitlines()
+    assert code == 0 and first.endswith("x, y, step -> eps")
+    assert second == "14 of 14 matrix products multiply codes by codes"
+    code, out, err = run("export", "dit.safetensors", "--onnx", "x.onnx", "--round-results")
+    assert code == 2 and out == "" and "--round-results is for convolutions" in err
     code, out, err = run("export", "whole.safetensors", "--onnx", "x.onnx", "--step", 4)
     assert code == 2 and "step is 4" in err and "from 0 (the noisiest) to 3" in err

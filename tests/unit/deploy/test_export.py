@@ -306,5 +306,5 @@ def test_steps_and_networks_that_there_are_not(calibration):
     for step in (-1, 4):
         with pytest.raises(RangeError, match=f"step is {step}; this model's sampler has 4, from 0"):
             export(model, step=step)
-    with pytest.raises(LoweringError, match="no QDQ form: it is a unet, not"):
+    with pytest.raises(LoweringError, match="no QDQ form: its network is a NoneType, not a UNet or a DiT"):
         export(dataclasses.replace(model, network=None))
