@@ -95,7 +95,7 @@ def forward(
 ) -> Callable[[], torch.Tensor]:
     """Return a forward pass without a graph."""
     images, sinusoid = _inputs(peer, x, t, layout)
-    network: Any = _compiled(peer) if compiled else peer
+    network: Any = compiled_with_constants(peer) if compiled else peer
 
     def run() -> torch.Tensor:
         with torch.no_grad():
@@ -107,19 +107,19 @@ def forward(
 class _Module(torch.nn.Module):
     """The network with weights that torch.compile knows as such, and may bring into the order that it likes best."""
 
-    def __init__(self, peer: TorchUNet) -> None:
+    def __init__(self, peer: Any) -> None:
         super().__init__()
-        self.cfg, self.names = peer.cfg, list(peer.w)
+        self.kind, self.cfg, self.names = type(peer), peer.cfg, list(peer.w)
         for name, weight in peer.w.items():  # parameters have no dots in their names
             self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(weight.detach(), requires_grad=False))
 
-    def forward(self, x: torch.Tensor, sinusoid: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         weights = {name: getattr(self, name.replace(".", "_")) for name in self.names}
-        return TorchUNet(self.cfg, weights)(x, sinusoid)
+        return self.kind(self.cfg, weights)(*inputs)
 
 
-def _compiled(peer: TorchUNet) -> Any:
-    """torch.compile for these shapes alone, with the weights as constants ("freezing")."""
+def compiled_with_constants(peer: Any) -> Any:
+    """torch.compile of a network, with weights `w` by name, for these shapes alone ("freezing")."""
     import torch._inductor.config as inductor
 
     inductor.freezing = True

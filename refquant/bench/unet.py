@@ -1,4 +1,4 @@
-"""A whole pass of a UNet, in integers and in float32, beside other libraries: check first, then time.
+"""A whole pass of a UNet or a transformer, in integers and in float32, beside other libraries: check, then time.
 
 How a time is taken, the same for all contenders: in each round every contender has its turn, in a fresh process of
 its own (unet_turn.py), in an order that moves by one from round to round. In a turn it computes all cases (network and
@@ -26,7 +26,7 @@ from .unet_peers import FLOATS, INTEGERS, OURS, OURS_FLOAT, SLOW_START
 from .unet_turn import Task
 
 TURN = 0.5  # seconds of timed passes
-NETWORKS, BATCHES, ROUNDS = ("mnist-unet", "ddpm-cifar10"), (1, 16), 3
+NETWORKS, BATCHES, ROUNDS = ("mnist-unet", "ddpm-cifar10", "mnist-dit"), (1, 16), 3
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
     Parameters
     ----------
     networks : sequence of str
-        Named UNets; their weights are random.
+        Named networks; their weights are random.
     batches : sequence of int
         Images.
     rounds : int
@@ -64,7 +64,7 @@ def run(
     Raises
     ------
     RangeError
-        No rounds, no images, a network that is no UNet, or no contender of such a name.
+        No rounds, no images, or no contender of such a name.
     RefquantError
         A kernel differs from the reference, and nothing was timed; or our own process failed.
     """

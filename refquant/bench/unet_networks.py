@@ -6,8 +6,11 @@ quantized networks come out of the method `nearest` with ranges from two steps o
 Peers get the same network as an ONNX file, for one step of the sampler, so that all scales are constants:
 
     float32   as it is
-    int8      quantized like ours, with what their integer convolutions ask for beyond that: weights whose zero is the
-              code 0, and results rounded to 8 bits (`refquant.deploy.export`)
+    int8      quantized like ours, with what their integer operations ask for beyond that: weights whose zero is the
+              code 0, and of convolutions results rounded to 8 bits (`refquant.deploy.export`)
+
+What depends on the time-step alone, and of a transformer on the class, is computed beforehand there, as it is in ours:
+a UNet's temporal features, a transformer's modulations of every class. PyTorch and our float32 compute it in each pass.
 
 Ours is timed with asymmetric weights, as the methods make them, and compared with theirs on the symmetric ones.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +33,8 @@ from ..deploy.runtime import Executor, IntegerDenoiser
 from ..diffusion.model import DiffusionModel, load_model
 from ..diffusion.schedule import cosine
 from ..errors import RangeError, RefquantError
-from ..nn.networks import config
-from ..nn.unet import UNet, UNetConfig
+from ..nn.networks import Network, build, config
+from ..nn.unet import UNet
 from ..quant import observers
 from ..quant.affine import QSpec
 from ..quant.calibrate import Calibration, CalibrationConfig
@@ -42,6 +46,7 @@ from ..quant.wrap import wrap
 Images = NDArray[np.float32]
 CALIBRATION = CalibrationConfig(images=1, steps=2, every=1)
 STEP, T = 0, 500  # of that sampler: the first of its two steps
+MODULATING = ("adaLN_modulation", "embedding_table", "final_layer")  # of a transformer, at first 0 or nearly so
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,19 @@ class Case:
 
     @cached_property
     def x(self) -> Images:
-        """The input (N, C, H, W)."""
+        """The images (N, C, H, W)."""
         return np.ascontiguousarray(self.expected("x"))
+
+    @cached_property
+    def y(self) -> NDArray[np.int64] | None:
+        """Their classes (N,), of a network that knows any."""
+        path = self.path("y.npy")
+        return np.load(path)[: self.batch] if path.exists() else None
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """What an ONNX network is fed with."""
+        return {"x": self.x} if self.y is None else {"x": self.x, "y": self.y}
 
     def expected(self, name: str) -> Images:
         """Return "x", or our answer to it in "float32" or "int8" (symmetric weights)."""
@@ -80,14 +96,23 @@ class Case:
 
 
 def random_unet(network: str, seed: int) -> UNet:
-    """Build a named UNet with random weights, those that start at zero too: they would hide the ones before them."""
-    cfg = config(network)
-    if not isinstance(cfg, UNetConfig):
-        raise RangeError(f"bench: {network} is a {cfg.kind}; the peers here are UNets. Choose a UNet.")
+    """Build a named UNet with random weights."""
+    model = random_network(network, seed)
+    if not isinstance(model, UNet):
+        raise RangeError(f"bench: {network} is a {model.cfg.kind}; the peers here are UNets. Choose a UNet.")
+    return model
+
+
+def random_network(network: str, seed: int) -> Network:
+    """Build a named network with random weights, those that start at zero too: they would hide the ones before them.
+
+    A transformer's modulations get the size that training gives them: its gates are open.
+    """
     rng = np.random.default_rng(seed)
-    model = UNet(cfg, rng)
-    for p in model.parameters():
-        p.data = p.data + np.float32(0.02) * rng.standard_normal(p.shape, dtype=np.float32)
+    model = build(config(network), rng)
+    for name, p in model.named_parameters():
+        size = np.float32(0.3 if any(part in name for part in MODULATING) else 0.02)
+        p.data = p.data + size * rng.standard_normal(p.shape, dtype=np.float32)
     return model
 
 
@@ -101,21 +126,23 @@ def prepare(folder: Path, network: str, images: int, seed: int) -> None:
     """
     case = Case(str(folder), network, images)
     case.path("").mkdir()
-    model = DiffusionModel(network, random_unet(network, seed), cosine())
+    model = DiffusionModel(network, random_network(network, seed), cosine())
     model.save(case.path("float32.safetensors"))
     x = np.random.default_rng([seed, 1]).standard_normal((images, *model.image_shape), dtype=np.float32)
     np.save(case.path("x.npy"), x)
-    np.save(case.path("float32.npy"), model.denoiser()(x, T, STEP))
+    if model.classes:
+        np.save(case.path("y.npy"), np.arange(images) % model.classes)
+    np.save(case.path("float32.npy"), model.denoiser()(x, T, STEP, case.y))
     calibration = Calibration(model, CALIBRATION)
     for bits in (8, 4):
         made = method("nearest")(Session(calibration, bits, 8, states=1), search="minmax")
         made.save(case.path(f"w{bits}.safetensors"))
-        check_kernels(made, x[:1])
+        check_kernels(made, x[:1], None if case.y is None else case.y[:1])
     twin = symmetric(method("nearest")(Session(calibration, 8, 8, states=1), search="minmax"))
-    np.save(case.path("int8.npy"), IntegerDenoiser(twin)(x, T, STEP))
+    np.save(case.path("int8.npy"), IntegerDenoiser(twin)(x, T, STEP, case.y))
     if find_spec("onnx") is not None:
         plain = QuantizedModel(model, *wrap(model.network), twin.recipe)
-        rounded = result_quantizers(twin, images=2, seed=seed)
+        rounded = result_quantizers(twin, images=2, seed=seed) if isinstance(model.network, UNet) else {}
         for name, net in (("float32", export(plain, step=STEP)), ("int8", export(twin, step=STEP, results=rounded))):
             io.write_atomically(case.path(f"{name}.onnx"), [net.SerializeToString()])
 
@@ -128,11 +155,12 @@ def symmetric(model: QuantizedModel) -> QuantizedModel:
     return model
 
 
-def check_kernels(model: QuantizedModel, x: Images) -> None:
+def check_kernels(model: QuantizedModel, x: Images, y: NDArray[np.int64] | None = None) -> None:
     """Compare one answer of the C core with that of the NumPy reference, bit for bit."""
     ours = IntegerDenoiser(model)
-    want = Executor(ours.program, "ref")(np.ascontiguousarray(x.transpose(0, 2, 3, 1)), STEP).transpose(0, 3, 1, 2)
-    wrong = np.count_nonzero(ours(x, T, STEP) != want)
+    nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    want = Executor(ours.program, "ref")(nhwc, STEP, y=y).transpose(0, 3, 1, 2)[:, : x.shape[1]]
+    wrong = np.count_nonzero(ours(x, T, STEP, y) != want)
     if wrong:
         raise RefquantError(
             f"bench: {kernels.active()} differs from the reference in {wrong} of {want.size} numbers of "

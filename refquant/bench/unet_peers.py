@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..nn.dit import DiT
+from .kernel_peers import Unfit
 from .unet_networks import Case, T
 
 OURS_FLOAT = "refquant float32"
@@ -49,10 +51,16 @@ def _torch(case: Case, threads: int, layout: str, *, compiled: bool = False) -> 
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(case.folder) / "inductor"))
     import torch
 
-    from . import torch_unet
+    from . import torch_dit, torch_unet
 
-    peer = torch_unet.build(case.float_model().network, torch_unet.LAYOUTS[layout], threads)
-    run = torch_unet.forward(peer, case.x, T, torch_unet.LAYOUTS[layout], compiled=compiled)
+    network = case.float_model().network
+    if isinstance(network, DiT):
+        if layout == "pytorch channels-last" and not compiled:
+            raise Unfit("tokens have their features last in either layout")
+        run = torch_dit.forward(torch_dit.build(network, threads), case.x, T, case.y, compiled=compiled)
+    else:
+        order = torch_unet.LAYOUTS[layout]
+        run = torch_unet.forward(torch_unet.build(network, order, threads), case.x, T, order, compiled=compiled)
     return Engine(run, torch.Tensor.numpy)
 
 
@@ -82,9 +90,7 @@ def _onnxruntime(case: Case, threads: int, network: str) -> Engine:
         path = str(case.path(f"{network}.onnx"))
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
-    integer, all_of_them = kinds.count("QLinearConv"), sum(kind.endswith("Conv") for kind in kinds)
-    feed = {"x": case.x}
-    note = f"{integer} of {all_of_them} convolutions in int8"
+    feed, note = case.inputs, _counted([(kind, kind in ONNXRUNTIME_INTEGER) for kind in kinds])
     return Engine(lambda: session.run(None, feed)[0], np.asarray, note)
 
 
@@ -103,21 +109,20 @@ def _openvino(case: Case, threads: int, network: str, settings: dict[str, str]) 
 
     core = openvino.Core()
     model = core.read_model(case.path(f"{network}.onnx"))
-    model.reshape({"x": list(case.x.shape)})
+    model.reshape({name: list(array.shape) for name, array in case.inputs.items()})
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", **settings}
     compiled = core.compile_model(model, "CPU", settings)
     kinds = [_kind(op) for op in compiled.get_runtime_model().get_ordered_ops()]
-    convolutions = [how for what, how in kinds if what == "Convolution"]
-    integer = sum(how.endswith("I8") for how in convolutions)
     rest = str(compiled.get_property("INFERENCE_PRECISION_HINT").to_string())
     request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(case.x, shared_memory=True))
+    for name, array in case.inputs.items():
+        request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
     def run() -> Any:
         request.infer()
         return request.get_output_tensor()
 
-    note = f"{integer} of {len(convolutions)} convolutions in int8, other operations in {rest}"
+    note = f"{_counted([(what, how.endswith('I8')) for what, how in kinds])}, other operations in {rest}"
     return Engine(run, lambda tensor: tensor.data, note)
 
 
@@ -126,6 +131,27 @@ def _kind(op: Any) -> tuple[str, str]:
     what, how = (facts[key].value if hasattr(facts[key], "value") else facts[key]
                  for key in ("layerType", "primitiveType"))  # fmt: skip
     return str(what), str(how)
+
+
+def _counted(operations: Sequence[tuple[str, bool]]) -> str:
+    """Say how many convolutions are integer ones; of a network without convolutions, how many matrix products.
+
+    Parameters
+    ----------
+    operations : sequence of (str, bool)
+        What each is called, and whether it multiplies integers.
+    """
+    counted = {what: [integer for kind, integer in operations if kind.endswith(ends)]
+               for what, ends in PRODUCTS.items()}  # fmt: skip
+    what = next((what for what, found in counted.items() if found), "products")
+    found = counted.get(what, [])
+    return f"{sum(found)} of {len(found)} {what} in int8"
+
+
+# What operations that multiply are called in other libraries, by their ends.
+PRODUCTS = {"convolutions": ("Conv", "Convolution"),
+            "matrix products": ("MatMul", "MatMulIntegerToFloat", "Gemm", "FullyConnected")}  # fmt: skip
+ONNXRUNTIME_INTEGER = {"QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm"}
 
 
 # What each needs, and what it is made of the network.

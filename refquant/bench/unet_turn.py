@@ -75,17 +75,19 @@ def measure(task: Task) -> dict[str, Any]:
                 found["unfit"][str(case)] = _in_short(error)
                 continue
             if task.contender in OURS and task.first:
-                found["profiles"][str(case)] = profile(IntegerDenoiser(case.quantized(OURS[task.contender])), case.x)
+                found["profiles"][str(case)] = profile(
+                    IntegerDenoiser(case.quantized(OURS[task.contender])), case.x, case.y
+                )
     return found
 
 
 def _engine(name: str, case: Case, threads: int) -> Engine:
     if name == OURS_FLOAT:
         predict = case.float_model().denoiser()
-        return Engine(lambda: predict(case.x, T, STEP), np.asarray)
+        return Engine(lambda: predict(case.x, T, STEP, case.y), np.asarray)
     if name in OURS:
         denoise = IntegerDenoiser(case.quantized(OURS[name]))
-        return Engine(lambda: denoise(case.x, T, STEP), np.asarray)
+        return Engine(lambda: denoise(case.x, T, STEP, case.y), np.asarray)
     return (FLOATS | INTEGERS)[name][1](case, threads)
 
 

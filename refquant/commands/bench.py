@@ -21,15 +21,14 @@ def add(verbs: Any) -> None:
     p = add_verb(verbs, "bench", "Time training, sampling, calibration or the integer kernels beside other libraries.",
                  "refquant bench kernels --shapes 256,16x16 8x8 --repeats 5")  # fmt: skip
     p.add_argument("what", choices=("train", "unet", "kernels", "reconstruct"),
-                   help="train: one update; unet: one forward pass, in integers and in float32; kernels: convolutions "
-                   "in uint8 x int8; reconstruct: learning the rounding of a block")  # fmt: skip
+                   help="train: one update; unet: one forward pass of a UNet or a transformer, in integers and in "
+                   "float32; kernels: convolutions in uint8 x int8; reconstruct: learning roundings")  # fmt: skip
     p.add_argument("--repeats", type=int, metavar="R",
                    help=f"timed rounds, engines taking turns (default: 10; unet: {unet.ROUNDS})")  # fmt: skip
     p.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     net = p.add_argument_group("train and unet")
-    unets = [name for name, cfg in CONFIGS.items() if cfg.kind == "unet"]
-    net.add_argument("--network", nargs="+", choices=unets, metavar="NAME",
-                     help=f"{', '.join(unets)}; random weights (default: mnist-unet; unet: "
+    net.add_argument("--network", nargs="+", choices=tuple(CONFIGS), metavar="NAME",
+                     help=f"{', '.join(CONFIGS)}; random weights (default: mnist-unet; unet: "
                      f"{' '.join(unet.NETWORKS)})")  # fmt: skip
     net.add_argument("--batch", nargs="+", type=int, metavar="B",
                      help=f"images (default: 64; unet: {' '.join(map(str, unet.BATCHES))})")  # fmt: skip
@@ -88,6 +87,8 @@ def run_unet(args: argparse.Namespace) -> int:
 def print_unet(found: dict[str, Any], rounds: int) -> None:
     """Print the result of `bench.unet.run`."""
     print(f"One pass of a network with random weights, {found['threads']} threads: the fastest of {rounds} rounds.")
+    print("What depends on time-step and class alone is known before sampling: in integers and in the networks of")
+    print("ONNX Runtime and OpenVINO it is a table; PyTorch and refquant float32 compute it in each pass.")
     print("x float32, x int8: how many times as fast as the fastest peer of that kind; range over the rounds.")
     print("apart: of float32 from refquant float32, of int8 from refquant's integers, of those from float32;")
     print("the largest difference for float32, else root mean square, relative.")

@@ -13,11 +13,14 @@ import toys
 
 from refquant import cli, kernels
 from refquant.bench import process, unet, unet_networks, unet_peers, unet_profile, unet_turn
+from refquant.bench.kernel_peers import Unfit
 from refquant.bench.unet_networks import STEP, Case, T
 from refquant.bench.unet_peers import OURS, OURS_FLOAT, Engine
 from refquant.bench.unet_profile import profile
 from refquant.bench.unet_turn import Task
 from refquant.deploy.runtime import IntegerDenoiser
+from refquant.diffusion.model import DiffusionModel
+from refquant.diffusion.schedule import cosine
 from refquant.errors import RangeError, RefquantError
 from refquant.nn.networks import CONFIGS
 
@@ -38,8 +41,16 @@ def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "tiny", toys.TINY)
+        patch.setitem(CONFIGS, "tiny-dit", toys.TINY_DIT)
         unet_networks.prepare(folder, "tiny", 3, 5)
+        unet_networks.prepare(folder, "tiny-dit", 3, 5)
     return Case(str(folder), "tiny", 2)
+
+
+@pytest.fixture(scope="module")
+def transformer(prepared):
+    """The same of a conditional transformer."""
+    return Case(prepared.folder, "tiny-dit", 2)
 
 
 @pytest.fixture
@@ -184,10 +195,10 @@ def test_the_fastest_pass_counts():
     assert 10 <= next(count) <= 27
 
 
-def test_a_turn_has_a_process_of_its_own(prepared):
+def test_a_turn_has_a_process_of_its_own(prepared, transformer):
     """It finds what the same turn finds here."""
     for name in NAMES:
-        task = Task(name, (prepared,), 1, kernels.supported()[-1], 0.0, first=True)
+        task = Task(name, (prepared, transformer), 1, kernels.supported()[-1], 0.0, first=True)
         here, there = unet_turn.measure(task), unet_turn.elsewhere(task)
         assert there["unfit"] == {} and min(there["seconds"].values()) > 0
         assert there["differences"] == here["differences"] and there.keys() == here.keys()
@@ -228,9 +239,9 @@ def test_a_profile_accounts_for_every_operation(prepared, monkeypatch):
     assert sum(counted.values()) == len(denoise.program.operations)
     seconds = [kind["seconds"] for kind in found["kinds"].values()]
     assert seconds == sorted(seconds, reverse=True)
-    quiet = denoise.executor
-    denoise.executor = lambda x, step, trace: quiet(x, step)
-    with pytest.raises(RefquantError, match="told of 0 values"):
+    denoise.executor._room(len(prepared.x)).steps[STEP].pop()
+    monkeypatch.setattr(denoise.executor, "_record", None)
+    with pytest.raises(RefquantError, match=f"{len(found['names']) - 1} recorded calls"):
         profile(denoise, prepared.x)
 
 
@@ -271,16 +282,31 @@ def test_bad_numbers_and_names(tiny, capsys):
         unet_networks.random_unet("mnist-dit", 0)
 
 
+def test_every_layer_of_a_random_network_matters(monkeypatch):
+    """Those that start at zero, of a transformer its gates, would hide all that comes before them."""
+    monkeypatch.setitem(CONFIGS, "tiny", toys.TINY_DIT)
+    x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    model = DiffusionModel("tiny", unet_networks.random_network("tiny", 0), cosine())
+    before = model.denoiser()(x, T, STEP, np.array([0, 3]))
+    for name, p in model.network.named_parameters():
+        if name.endswith("weight"):
+            kept, p.data = p.data, np.zeros_like(p.data)
+            apart = model.denoiser()(x, T, STEP, np.array([0, 3])) - before
+            assert np.abs(apart).max() > 1e-4 * np.abs(before).max(), name
+            p.data = kept
+
+
 INSTALLED = {name: (packages, make) for name, (packages, make) in (unet_peers.FLOATS | unet_peers.INTEGERS).items()}
 
 
 COMPILES = (pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning"))  # PyTorch of itself
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=COMPILES if name in unet_peers.SLOW_START else ()) for name in INSTALLED
+@pytest.mark.parametrize(("name", "network"), [
+    *(pytest.param(name, "tiny", marks=COMPILES if name in unet_peers.SLOW_START else ()) for name in INSTALLED),
+    *((name, "tiny-dit") for name in INSTALLED if name not in unet_peers.SLOW_START),
 ])  # fmt: skip
-def test_installed_peers_compute_the_same(name, prepared):
+def test_installed_peers_compute_the_same(name, network, prepared):
     packages, make = INSTALLED[name]
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
@@ -288,12 +314,16 @@ def test_installed_peers_compute_the_same(name, prepared):
     if name == "OpenVINO int8" and not {"avxvnni", "avx512vnni", "neondot"} & set(kernels.supported()):
         pytest.skip("without a dot product of bytes it adds pairs of products in 16 bits, with saturation")
     for batch in (1, 3) if name not in unet_peers.SLOW_START else (3,):
-        case = Case(prepared.folder, "tiny", batch)
+        case = Case(prepared.folder, network, batch)
+        if name == "PyTorch channels-last" and network == "tiny-dit":
+            with pytest.raises(Unfit, match="in either layout"):
+                make(case, 2)
+            continue
         engine = make(case, 2)
         apart, allowed = unet_turn.difference(name, case, engine.read(engine.run()))
         assert apart <= allowed and (apart < 0.1 or name not in unet_peers.INTEGERS)
         if name.endswith("int8"):  # all of them, and no one fell back to floats
             first, of, last = engine.note.split()[:3]
-            assert of == "of" and int(first) == int(last) > 15
+            assert of == "of" and int(first) == int(last) > (15 if network == "tiny" else 9)
         elif engine.note:
             assert engine.note.startswith("0 of")
