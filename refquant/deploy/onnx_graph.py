@@ -93,9 +93,24 @@ class Graph:
     def model(
         self, name: str, x_shape: Sequence[int], producer: str, facts: Mapping[str, str], *, classes: bool = False
     ) -> Any:
-        """Finish: inputs and output ``eps`` like ``x``, ``(N, *x_shape)`` float32, `facts` as the model's properties.
+        """Finish: inputs, and the output ``eps`` like ``x``.
 
-        Inputs are ``x``, of a network that knows `classes` ``y`` (N,) int64, and ``step`` () int64 unless it is known.
+        Parameters
+        ----------
+        name : str
+            Of the graph.
+        x_shape : sequence of int
+            Of one image: ``x`` is ``(N, *x_shape)`` float32.
+        producer : str
+        facts : mapping of str to str
+            The model's properties.
+        classes : bool
+            The network knows classes: ``y`` (N,) int64.
+
+        Returns
+        -------
+        onnx.ModelProto
+            Where the step is not known, it has the input ``step`` () int64, too.
         """
         helper, kinds = self.onnx.helper, self.onnx.TensorProto
         inputs = [helper.make_tensor_value_info("x", kinds.FLOAT, ["N", *x_shape])]
