@@ -12,7 +12,7 @@ import numpy as np
 from ..diffusion.ddim import ddim_sample
 from ..diffusion.model import load_model
 from ..errors import RangeError
-from ..evaluate import BATCH, Judge, per_step_error, sample_run
+from ..evaluate import BATCH, CONFIDENT, Judge, per_step_error, sample_run
 from ..metrics import mean_and_spread, psnr
 from .common import (
     add_classes,
@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     request = requested(args, opened.base, args.n)
     say(args, f"{opened.description}, {setting()}")
     errors: list[np.ndarray] = []
-    numbers: dict[str, list[float]] = {"frechet": [], "confident": [], "requested": [], "psnr_db": [], "seconds": []}
+    names = ("frechet", "recognised", "recognised as any", "psnr_db", "seconds")
+    numbers: dict[str, list[float]] = {name: [] for name in names}
     batches = -(-args.n // BATCH)
     sampler = partial(ddim_sample, steps=args.steps, eta=args.eta)
     with progress(args.runs * args.steps * batches * (2 if reference else 1), "evaluate", args) as bar:
@@ -71,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
             follow = lambda _: bar.update()  # noqa: E731
             made = sample_run(opened.eps, opened.base, args.n, sampler, seed=seed, request=request, on_step=follow)
             numbers["frechet"].append(judge.frechet(made.images))
-            numbers["confident"].append(judge.confident(made.images))
+            numbers["recognised"].append(judge.recognised(made.images, request))
             if request is not None:
-                numbers["requested"].append(judge.obedient(made.images, request.y))
+                numbers["recognised as any"].append(judge.confident(made.images))
             numbers["seconds"].append(made.seconds)
             if reference is not None:
                 eps = reference.denoiser()
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
     real = judge.metadata["real_1000_frechet"]
     print(f"frechet: on the features of {args.judge}, not the Inception FID; ", end="")
     print(f"1,000 real test images have {real['mean']:.2f} ± {real['std']:.2f}")
+    what = "a digit" if request is None else "the digit that was requested"
+    print(f"recognised: share of the images in which {args.judge} sees {what}, with confidence above {CONFIDENT}")
     names = ("n", "runs", "steps", "eta", "seed", "judge", "reference", "classes", "guidance")
     setup = {name: getattr(args, name) for name in names}
     found = {"model": opened.description, "real_1000_frechet": real, "per_step_mse": steps, **numbers}
