@@ -18,7 +18,22 @@ from . import brecq, ditas, importance, nearest, ptq4dit, ptq4dm, ptqd, qdiffusi
 
 
 def quantize_ptqd(session: Session, *, on: str = "brecq", bias: str = "raw", images: int = 32) -> QuantizedModel:
-    """Quantize by the method `on`, then measure the noise of its answers and correct it (see `ptqd`)."""
+    """Quantize by the method `on`, then measure the noise of its answers and correct it (see `ptqd`).
+
+    Parameters
+    ----------
+    session : Session
+    on : str
+        Another method, by name, with its defaults.
+    bias : {"raw", "residual"}
+        Whose mean is taken: of the error, or of what is left of it without what goes with the answer.
+    images : int
+        Trajectories that the noise is measured on.
+
+    Returns
+    -------
+    QuantizedModel
+    """
     if on == "ptqd":
         raise UnknownNameError("PTQD corrects another method: choose on=brecq, nearest, tfmq, ...")
     if bias not in ptqd.BIASES:
@@ -47,6 +62,13 @@ METHODS: dict[str, Callable[..., QuantizedModel]] = {
 #: Methods that are made for transformers; other networks are refused.
 TRANSFORMER_METHODS = ("tqdit", "ptq4dit", "qdit", "ditas")
 
+#: What of a session's effort these methods look at; all others look at all of it. Recipes hold it all the same.
+LOOKS_AT: dict[str, tuple[str, ...]] = {
+    "nearest": (),
+    "squant": (),
+    **dict.fromkeys(("ptq4dm", "tqdit", "qdit", "ditas"), ("states", "seed")),
+}
+
 
 def methods_for(kind: str) -> list[str]:
     """Names of the methods that fit a kind of network, such as "unet" or "dit"."""
@@ -58,6 +80,26 @@ def method(name: str) -> Callable[..., QuantizedModel]:
     if name not in METHODS:
         raise UnknownNameError(f"no method is called {name!r}. Known: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+def used(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the effort that its method does not look at (see `LOOKS_AT`).
+
+    Parameters
+    ----------
+    recipe : dict
+        Of a quantized model.
+
+    Returns
+    -------
+    dict
+    """
+    name = recipe["options"].get("on", recipe["method"])  # PTQD spends no effort of its own
+    if name not in LOOKS_AT:
+        return recipe
+    shown = {key: value for key, value in recipe.items() if key not in {"states", "sampling"} - set(LOOKS_AT[name])}
+    kept = {key: value for key, value in shown.pop("reconstruction", {}).items() if key in LOOKS_AT[name]}
+    return shown | ({"reconstruction": kept} if kept else {})
 
 
 def options_of(name: str) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def quantize(session: Session, *, grain: str = "block") -> QuantizedModel:
     ----------
     session : Session
     grain : {"block", "layer"}
+        What learns together.
 
     Returns
     -------
