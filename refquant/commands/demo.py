@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     judge_row("float32", "W32A32", 4 * model.network.parameter_count(), reference)
     pictures = [("float32", reference.images[:SHOWN])]
-    calibration = Calibration(model, CalibrationConfig(images=IMAGES, steps=args.steps))
+    calibration = Calibration(model, CalibrationConfig(images=IMAGES, steps=args.steps), quiet=args.quiet)
     learning = ReconstructionConfig(iterations=args.iterations, seed=args.seed)
     states = min(STATES, IMAGES * args.steps)
     simulated: dict[str, str] = {}  # why, by row

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..diffusion.model import load_model
-from ..errors import RangeError, UnknownNameError
 from ..quant.calibrate import Calibration, CalibrationConfig
-from ..quant.coverage import COVERAGES
-from ..quant.methods import METHODS, method, options_of
+from ..quant.coverage import COVERAGES, check_bits
+from ..quant.methods import METHODS, method
 from ..quant.reconstruct import ReconstructionConfig
 from ..quant.session import SAMPLINGS, Session
 from .common import add_verb, say, setting, write_json
+from .method_options import help_text, parse_options
 
 
 def add(verbs: Any) -> None:
@@ -27,13 +27,15 @@ def add(verbs: Any) -> None:
     )  # fmt: skip
     p.add_argument("model", nargs="?", default="mnist-unet", metavar="MODEL", help="asset name or checkpoint file")
     add_calibration(p)
-    p.add_argument("--method", choices=tuple(METHODS), default="nearest", help="see refquant/quant/methods")
+    p.add_argument("--method", choices=tuple(METHODS), default="nearest", help="what each can be told stands below")
     p.add_argument("--weight-bits", type=int, default=8, metavar="B", help="2 to 8, or 32 for float")
     p.add_argument("--input-bits", type=int, default=8, metavar="B", help="of activations: 2 to 8, or 32 for float")
     p.add_argument(
-        "--option", action="append", default=[], metavar="KEY=VALUE", help="of the method, such as fsc=temporal (tfmq)"
+        "--option", action="append", default=[], metavar="KEY=VALUE",
+        help="of the method, such as fsc=temporal (tfmq); may be repeated; listed below",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="write recipe, seconds by phase and peak memory there")
+    p.epilog = f"{help_text()}\n\n{p.epilog}"
     p.set_defaults(run=run)
 
 
@@ -72,15 +74,17 @@ def session(
 def run(args: argparse.Namespace) -> int:
     """Calibrate, quantize, save."""
     options = parse_options(args.method, args.option)
+    check_bits(args.weight_bits, args.input_bits)
+    # other noise than samples of the same seed start from
+    cfg = CalibrationConfig(images=args.images, steps=args.steps, seed=1_000_003 + args.seed)
     model = load_model(args.model)
-    bits = f"W{args.weight_bits}A{args.input_bits}"
     state = args.out.with_name(args.out.name + ".state")
+    calibration = Calibration(model, cfg, quiet=args.quiet)
+    asked = session(args, calibration, args.weight_bits, args.input_bits, state)
+    bits = f"W{args.weight_bits}A{args.input_bits}"
     resumed = ", resuming" if state.exists() else ""
     say(args, f"{model.name}: {bits} {args.method}, {setting()}{resumed}; state in {state}")
     began = time.perf_counter()
-    # other noise than samples of the same seed start from
-    cfg = CalibrationConfig(images=args.images, steps=args.steps, seed=1_000_003 + args.seed)
-    asked = session(args, Calibration(model, cfg), args.weight_bits, args.input_bits, state)
     quantized = method(args.method)(asked, **options)
     quantized.save(args.out)
     state.unlink(missing_ok=True)
@@ -102,32 +106,6 @@ def run(args: argparse.Namespace) -> int:
         },
     )
     return 0
-
-
-def parse_options(name: str, given: list[str]) -> dict[str, Any]:
-    """Turn KEY=VALUE texts into options of the method, of the type of their defaults."""
-    known, out = options_of(name), {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            listed = ", ".join(f"{k}={v}" for k, v in known.items()) or "none"
-            raise UnknownNameError(f"--option {text!r}: {name} has no such option. It has: {listed}.")
-        out[key] = _typed(text, value, known[key])
-    return out
-
-
-def _typed(text: str, value: str, default: object) -> object:
-    if isinstance(default, bool):
-        if value not in ("true", "false"):
-            raise RangeError(f"--option {text!r}: true or false is wanted.")
-        return value == "true"
-    if isinstance(default, str):
-        return value
-    kind = float if isinstance(default, float) else int
-    try:
-        return kind(value)
-    except ValueError:
-        raise RangeError(f"--option {text!r}: a number is wanted.") from None
 
 
 def peak_memory() -> int:

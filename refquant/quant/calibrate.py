@@ -7,6 +7,7 @@ distribution that the quantized network will meet (PTQ4DM, Q-Diffusion, TFMQ-DM 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from ..errors import RangeError
 from ..nn.networks import Network
 from ..threads import parallel_map
 from .observers import RangeObserver
+from .progress import bar, remark
 from .record import States, Trajectories, ask, record_trajectories
 from .wrap import activation_quantizers, watched, wrap
 
@@ -61,6 +63,23 @@ class CalibrationConfig:
         return asdict(self)
 
 
+@dataclass(frozen=True, eq=False)
+class _Followed(DiffusionModel):
+    """A model that tells of every answer of its network."""
+
+    told: Callable[[], object] = lambda: None
+
+    def denoiser(self, *arguments: Any, **options: Any) -> Any:
+        predict = super().denoiser(*arguments, **options)
+
+        def eps(*question: Any) -> Images:
+            answer = predict(*question)
+            self.told()
+            return answer
+
+        return eps
+
+
 class Calibration:
     """One recording of a float model, made when it is first needed and then shared.
 
@@ -68,15 +87,21 @@ class Calibration:
     ----------
     model : DiffusionModel
     cfg : CalibrationConfig
+    quiet : bool
+        Say nothing of the recording on standard error.
     """
 
-    def __init__(self, model: DiffusionModel, cfg: CalibrationConfig) -> None:
-        self.model, self.cfg = model, cfg
+    def __init__(self, model: DiffusionModel, cfg: CalibrationConfig, *, quiet: bool = True) -> None:
+        self.model, self.cfg, self.quiet = model, cfg, quiet
 
     @cached_property
     def trajectories(self) -> Trajectories:
         """What the float network was called with."""
-        return record_trajectories(self.model, self.cfg.images, self.cfg.steps, self.cfg.seed)
+        cfg = self.cfg
+        remark(f"recording {cfg.images} trajectories of {cfg.steps} steps", self.quiet)
+        with bar(cfg.steps, "recording", self.quiet) as done:
+            followed = _Followed(**vars(self.model), told=done.update)
+            return record_trajectories(followed, cfg.images, cfg.steps, cfg.seed)
 
     @cached_property
     def inputs(self) -> dict[str, RangeObserver]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from . import observers
 from .affine import QSpec
 from .calibrate import Calibration
 from .coverage import Coverage, check_bits, coverage
+from .progress import bar, remark
 from .quantized import QuantizedModel
 from .reconstruct import ReconstructionConfig
 from .wrap import QuantLayer, activation_quantizers, wrap
@@ -72,7 +72,7 @@ class Session:
     state : Path, optional
         File that finished parts are kept in.
     quiet : bool
-        No progress bars.
+        Say nothing of phases and progress on standard error.
     """
 
     calibration: Calibration
@@ -128,6 +128,7 @@ class Run:
             "reconstruction": asdict(session.reconstruction),
         }
         self.seconds: dict[str, float] = {}
+        self._told: set[str] = set()
         self._parts: Arrays = {}
         # as JSON gives it back; the weights themselves belong to the identity of a run
         self._identity = json.loads(json.dumps({"recipe": self.recipe, "model": _fingerprint(model)}))
@@ -183,7 +184,10 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to this phase."""
+        """Add the time spent inside to this phase, and say when it begins for the first time."""
+        if name not in self._told:
+            remark(f"{self.recipe['method']}: {name}", self.session.quiet)
+            self._told.add(name)
         began = time.perf_counter()
         try:
             yield
@@ -192,8 +196,7 @@ class Run:
 
     def bar(self, total: int, label: str) -> tqdm[Any]:
         """Return a progress bar on standard error with the time left."""
-        off = True if self.session.quiet else None
-        return tqdm(total=total, desc=label, unit="step", disable=off, file=sys.stderr, leave=False)
+        return bar(total, label, self.session.quiet)
 
     def once(self, key: str, compute: Callable[[], Arrays]) -> Arrays:
         """Return the arrays of this part: from the state file, or computed now and kept there."""
