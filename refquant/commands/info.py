@@ -22,6 +22,7 @@ from ..deploy.lower import lower
 from ..deploy.plan import plan
 from ..diffusion.model import asset_names, find
 from ..errors import LoweringError
+from ..quant.methods import used
 from ..quant.quantized import load_quantized
 from ..threads import get_threads
 from .common import add_verb, print_table, write_json
@@ -140,6 +141,8 @@ def describe_model(name: str) -> dict[str, Any]:
     path = find(name)
     facts = io.read_metadata(path)
     specs = facts.pop("specs", None)
+    if "recipe" in facts:
+        facts["recipe"] = used(facts["recipe"])
     facts = {"file": path.name, "bytes": path.stat().st_size, **facts}
     if specs is not None:
         facts["quantized weights"] = len(specs["weights"])

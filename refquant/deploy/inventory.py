@@ -18,6 +18,7 @@ WORDS = {
     "Scores": "q times k, 8-bit codes",
     "Mix": "probabilities times v, 8-bit codes",
     "Probabilities": "softmax, to codes",
+    "Pad": "a border of codes that mean 0",
     "Upsample": "pixels repeated (codes)",
     "Concat": "channels side by side (float32)",
     "HeadScores": "q times k, 8-bit codes",

@@ -196,9 +196,11 @@ def test_classes_that_cannot_be_asked_for(run, tiny, dit):
 def test_evaluate_counts_what_was_requested(run, dit, tiny):
     arguments = ("-n", 3, "--runs", 2, "--steps", 2, "--guidance", 2, "--reference", dit, "--json", "e.json")
     code, out, _ = run("evaluate", dit, *arguments)
-    assert code == 0 and "requested" in out and "guidance 2" in out
+    assert code == 0 and "sees the digit that was requested, with confidence above 0.9" in out and "guidance 2" in out
     found = json.loads(Path("e.json").read_text())
-    assert len(found["requested"]) == 2 and found["guidance"] == 2 and found["psnr_db"] == [float("inf")] * 2
+    pairs = zip(found["recognised"], found["recognised as any"], strict=True)
+    assert len(found["recognised"]) == 2 and all(asked <= seen for asked, seen in pairs)
+    assert found["guidance"] == 2 and found["psnr_db"] == [float("inf")] * 2
     assert refused(run("evaluate", dit, "-n", 2, "--reference", tiny), "knows 0 classes", "5")
 
 
@@ -253,7 +255,8 @@ def test_evaluate_prints_spreads(run):
     code, out, _ = run("evaluate", "mnist-unet", *arguments)
     assert code == 0 and "±" in out and "not the Inception FID" in out
     found = json.loads(Path("e.json").read_text())
-    assert len(found["frechet"]) == 2 and found["psnr_db"] == [float("inf")] * 2
+    assert len(found["frechet"]) == len(found["recognised"]) == 2 and found["recognised as any"] == []
+    assert found["psnr_db"] == [float("inf")] * 2 and "sees a digit, with" in out
 
 
 # ---------------------------------------------------------------- bad input
@@ -310,6 +313,30 @@ def test_bits_out_of_range(run, tiny):
         run("quantize", tiny, "--weight-bits", 1, "--images", 1, "--steps", 1), "weight bits are 1", "2 to 8"
     )
     assert refused(run("quantize", tiny, "--input-bits", 9, "--images", 1, "--steps", 1), "input bits are 9", "2 to 8")
+
+
+def test_quantize_refuses_before_it_says_what_it_does(run, tiny):
+    """One line on standard error, as everywhere."""
+    for arguments in (("--weight-bits", 9), ("--images", 0), ("--states", 0), ("--iterations", -1)):
+        code, out, err = run("quantize", tiny, *arguments)
+        assert code == 2 and out == "" and err.count("\n") == 1, err
+
+
+def test_quantize_says_which_phase_runs(run, tiny):
+    """Where standard error is no terminal, too; nothing with --quiet."""
+    common = ("--images", 2, "--steps", 4, "--out", "q.safetensors")
+    _, _, err = run("quantize", tiny, *common)
+    remarks = ["nearest: weights", "nearest: activations", "recording 2 trajectories of 4 steps"]
+    assert err.splitlines()[1:] == remarks
+    assert run("quantize", tiny, *common, "--quiet")[2] == ""
+
+
+def test_info_shows_what_a_method_looked_at(run, tiny):
+    common = ("--images", 2, "--steps", 4, "--states", 3, "--iterations", 1, "--out", "q.safetensors")
+    for name, shown in (("nearest", []), ("ptq4dm", ["states"]), ("brecq", ["states", "sampling", "iterations"])):
+        assert run("quantize", tiny, "--method", name, *common)[0] == 0
+        out = run("info", "q.safetensors")[1]
+        assert [word for word in ("states", "sampling", "iterations") if f'"{word}"' in out] == shown
 
 
 def test_damaged_checkpoints(run, tiny):
