@@ -1,9 +1,10 @@
-"""refquant tutorials: list them, open a rendered page, hand out a script or a notebook."""
+"""refquant tutorials: list them, open a rendered page, run one, hand out a script or a notebook."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import runpy
 import webbrowser
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from .common import add_verb
 def add(verbs: Any) -> None:
     """Describe the verb."""
     p = add_verb(
-        verbs, "tutorials", "List the tutorials; open one, or copy it to work on.",
+        verbs, "tutorials", "List the tutorials; open one, run it, or copy it to work on.",
         "refquant tutorials 01 --copy . --notebook", seed=False,
     )  # fmt: skip
     p.add_argument("name", nargs="?", metavar="NAME", help="number or name of one of them")
     p.add_argument("--open", action="store_true", help="open its page, with outputs and figures, in a viewer")
+    p.add_argument("--run", type=Path, dest="figures", metavar="DIR",
+                   help="run it without a screen, and write its figures there as PNG")  # fmt: skip
     p.add_argument("--copy", type=Path, metavar="DIR", help="copy its script there")
     p.add_argument("--notebook", action="store_true", help="with --copy: as a Jupyter notebook")
     p.set_defaults(run=run)
@@ -30,15 +33,18 @@ def add(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the list, or what one of them is and where; then open or copy it."""
     if args.name is None:
-        if args.open or args.copy or args.notebook:
+        if args.open or args.copy or args.figures or args.notebook:
             raise RefquantError("say which tutorial: `refquant tutorials` lists them, as in `refquant tutorials 00`.")
         for tutorial in tutorials():
             print(f"{tutorial.number}  {tutorial.title} ({tutorial.seconds} s)\n    {tutorial.summary}")
         print("\nRead one: refquant tutorials 00 --open. Work on one: refquant tutorials 00 --copy . [--notebook]")
+        print("Run one without a screen, its figures as files: refquant tutorials 00 --run .")
         return 0
     if args.notebook and args.copy is None:
         raise RefquantError("--notebook needs a folder to write to: add --copy DIR.")
     tutorial = find(args.name)
+    if args.figures is not None and not args.figures.is_dir():
+        raise RefquantError(f"{args.figures}: there is no such folder. Make it first, or choose another --run.")
     made = None if args.copy is None else copy(tutorial, args.copy, as_notebook=args.notebook)
     if args.open and not (tutorial.page.is_file() and webbrowser.open(tutorial.page.as_uri())):
         raise RefquantError(f"no viewer could be started. Open this file by hand: {tutorial.page}.")
@@ -46,7 +52,45 @@ def run(args: argparse.Namespace) -> int:
     for what, path in (("script", tutorial.path), ("page", tutorial.page), ("copy", made)):
         if path is not None and path.is_file():
             print(f"{what + ':':<8}{path}")
+    if args.figures is not None:
+        for path in execute(tutorial, args.figures):
+            print(f"figure: {path}")
     return 0
+
+
+def execute(tutorial: Tutorial, place: Path) -> list[Path]:
+    """Run a script; what it would show in windows is written into a folder, NN_name_1.png and so on.
+
+    Parameters
+    ----------
+    tutorial : Tutorial
+    place : Path
+        An existing folder; figures of an earlier run are overwritten.
+
+    Returns
+    -------
+    list of Path
+        The figures, in order.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    made: list[Path] = []
+
+    def save() -> None:
+        for number in plt.get_fignums():
+            made.append(place / f"{tutorial.path.stem}_{len(made) + 1}.png")
+            plt.figure(number).savefig(made[-1])
+        plt.close("all")
+
+    show, plt.show = plt.show, save
+    try:
+        runpy.run_path(str(tutorial.path), run_name="__main__")
+    finally:
+        plt.show = show
+    return made
 
 
 def copy(tutorial: Tutorial, place: Path, *, as_notebook: bool) -> Path:

@@ -137,9 +137,22 @@ def test_open(capsys, monkeypatch):
     assert (code, out) == (2, "") and str(tutorials.find("00").page) in err
 
 
+def test_run_writes_figures(capsys, monkeypatch, tmp_path):
+    """All that is open when the script shows, and what it prints is printed."""
+    script = tmp_path / "07_name.py"
+    shown = "plt.figure(); plt.figure(); plt.show(); plt.figure(); plt.show(); print('done')"
+    script.write_text(f"{SCRIPT}\nimport matplotlib.pyplot as plt\n{shown}\n", encoding="utf-8")
+    monkeypatch.setattr(refquant.commands.tutorials, "find", lambda name: tutorials.read(script))
+    code, out, _ = call(capsys, "07", "--run", tmp_path)
+    made = [tmp_path / f"07_name_{i}.png" for i in (1, 2, 3)]
+    assert code == 0 and out.splitlines()[-4:] == ["done", *(f"figure: {path}" for path in made)]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in made) and len(list(tmp_path.glob("*.png"))) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, word",
-    [(["99"], "99"), (["--open"], "which"), (["00", "--notebook"], "--copy"), (["00", "--copy", "none"], "none")],
+    [(["99"], "99"), (["--open"], "which"), (["00", "--notebook"], "--copy"), (["00", "--copy", "none"], "none"),
+     (["00", "--run", "none"], "none"), (["--run", "."], "which")],
 )
 def test_bad_usage(capsys, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
