@@ -22,10 +22,16 @@ from ..deploy.lower import lower
 from ..deploy.plan import plan
 from ..diffusion.model import asset_names, find
 from ..errors import LoweringError
-from ..quant.methods import used
 from ..quant.quantized import load_quantized
 from ..threads import get_threads
 from .common import add_verb, print_table, write_json
+
+#: What of a session's effort these methods look at; all others look at all of it. Recipes hold it all the same.
+LOOKS_AT: dict[str, tuple[str, ...]] = {
+    "nearest": (),
+    "squant": (),
+    **dict.fromkeys(("ptq4dm", "tqdit", "qdit", "ditas"), ("states", "seed")),
+}
 
 
 def add(verbs: Any) -> None:
@@ -149,3 +155,13 @@ def describe_model(name: str) -> dict[str, Any]:
         facts["quantized activations"] = len(specs["activations"])
         facts["cached features"] = len(specs["features"])
     return facts
+
+
+def used(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without the effort that its method does not look at."""
+    name = recipe.get("options", {}).get("on", recipe.get("method"))  # PTQD spends no effort of its own
+    if name not in LOOKS_AT:
+        return recipe
+    shown = {key: value for key, value in recipe.items() if key not in {"states", "sampling"} - set(LOOKS_AT[name])}
+    kept = {key: value for key, value in shown.pop("reconstruction", {}).items() if key in LOOKS_AT[name]}
+    return shown | ({"reconstruction": kept} if kept else {})

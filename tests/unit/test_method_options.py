@@ -4,10 +4,11 @@ import pytest
 import toys
 
 from refquant import cli
+from refquant.commands.info import LOOKS_AT
 from refquant.commands.method_options import described, help_text, parse_options
 from refquant.errors import RangeError, RefquantError, UnknownNameError
 from refquant.quant.calibrate import Calibration
-from refquant.quant.methods import LOOKS_AT, METHODS, options_of
+from refquant.quant.methods import METHODS, options_of
 
 OPTIONS = [(name, key) for name in METHODS for key in options_of(name)]
 CHOICES = [(name, key) for name, key in OPTIONS if described(name)[key].choices]

@@ -62,13 +62,6 @@ METHODS: dict[str, Callable[..., QuantizedModel]] = {
 #: Methods that are made for transformers; other networks are refused.
 TRANSFORMER_METHODS = ("tqdit", "ptq4dit", "qdit", "ditas")
 
-#: What of a session's effort these methods look at; all others look at all of it. Recipes hold it all the same.
-LOOKS_AT: dict[str, tuple[str, ...]] = {
-    "nearest": (),
-    "squant": (),
-    **dict.fromkeys(("ptq4dm", "tqdit", "qdit", "ditas"), ("states", "seed")),
-}
-
 
 def methods_for(kind: str) -> list[str]:
     """Names of the methods that fit a kind of network, such as "unet" or "dit"."""
@@ -80,26 +73,6 @@ def method(name: str) -> Callable[..., QuantizedModel]:
     if name not in METHODS:
         raise UnknownNameError(f"no method is called {name!r}. Known: {', '.join(METHODS)}.")
     return METHODS[name]
-
-
-def used(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without the effort that its method does not look at (see `LOOKS_AT`).
-
-    Parameters
-    ----------
-    recipe : dict
-        Of a quantized model.
-
-    Returns
-    -------
-    dict
-    """
-    name = recipe["options"].get("on", recipe["method"])  # PTQD spends no effort of its own
-    if name not in LOOKS_AT:
-        return recipe
-    shown = {key: value for key, value in recipe.items() if key not in {"states", "sampling"} - set(LOOKS_AT[name])}
-    kept = {key: value for key, value in shown.pop("reconstruction", {}).items() if key in LOOKS_AT[name]}
-    return shown | ({"reconstruction": kept} if kept else {})
 
 
 def options_of(name: str) -> dict[str, Any]:
