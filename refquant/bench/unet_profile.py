@@ -36,13 +36,12 @@ def profile(denoise: IntegerDenoiser, x: Images, y: NDArray[np.integer] | None =
     operations, values = denoise.program.operations, denoise.program.values
     nhwc = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
     denoise.executor(nhwc, STEP, y=y)
-    room = denoise.executor._room(len(x))
-    calls = room.steps[STEP]
+    read, calls = denoise.executor.recorded(len(x), STEP)
     if len(calls) != len(operations):
         raise RefquantError(f"a step is {len(calls)} recorded calls, the program has {len(operations)} operations.")
     least, done, began = np.full(len(operations), np.inf), 0, time.perf_counter()
     while done < PASSES or time.perf_counter() - began < SECONDS:
-        room.arrays[0][...] = nhwc  # later values take its place
+        read[...] = nhwc  # later values take its place
         times = [time.perf_counter()]
         for call in calls:
             call()

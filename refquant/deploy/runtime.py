@@ -81,6 +81,11 @@ class Executor:
                 room.steps[step] = self._record(room, step, trace)
         return room.arrays[self.program.operations[-1].out]
 
+    def recorded(self, images: int, step: int) -> tuple[NDArray[np.float32], list[Call]]:
+        """What a step that this thread has run is made of: where it reads x, and a call for each operation."""
+        room = self._room(images)
+        return room.arrays[0], room.steps[step]
+
     def _room(self, images: int) -> _Room:
         """Memory of this thread for so many images on the active kernel; the one used longest ago makes place."""
         rooms = self._own.__dict__.setdefault("rooms", OrderedDict())

@@ -7,7 +7,6 @@ distribution that the quantized network will meet (PTQ4DM, Q-Diffusion, TFMQ-DM 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -63,23 +62,6 @@ class CalibrationConfig:
         return asdict(self)
 
 
-@dataclass(frozen=True, eq=False)
-class _Followed(DiffusionModel):
-    """A model that tells of every answer of its network."""
-
-    told: Callable[[], object] = lambda: None
-
-    def denoiser(self, *arguments: Any, **options: Any) -> Any:
-        predict = super().denoiser(*arguments, **options)
-
-        def eps(*question: Any) -> Images:
-            answer = predict(*question)
-            self.told()
-            return answer
-
-        return eps
-
-
 class Calibration:
     """One recording of a float model, made when it is first needed and then shared.
 
@@ -100,8 +82,7 @@ class Calibration:
         cfg = self.cfg
         remark(f"recording {cfg.images} trajectories of {cfg.steps} steps", self.quiet)
         with bar(cfg.steps, "recording", self.quiet) as done:
-            followed = _Followed(**vars(self.model), told=done.update)
-            return record_trajectories(followed, cfg.images, cfg.steps, cfg.seed)
+            return record_trajectories(self.model, cfg.images, cfg.steps, cfg.seed, on_step=done.update)
 
     @cached_property
     def inputs(self) -> dict[str, RangeObserver]:

@@ -129,15 +129,19 @@ def calibration_classes(classes: int, images: int) -> NDArray[np.int64] | None:
     return np.where(index % 2 == 0, index // 2 % classes, classes)
 
 
-def record_trajectories(model: DiffusionModel, images: int, steps: int, seed: int) -> Trajectories:
-    """Run the float DDIM sampler (eta 0, uniform spacing) and keep all that its network sees."""
+def record_trajectories(
+    model: DiffusionModel, images: int, steps: int, seed: int, *, on_step: Callable[[], object] = lambda: None
+) -> Trajectories:
+    """Run the float DDIM sampler (eta 0, uniform spacing) and keep all that its network sees; tell of each step."""
     eps, seen_x, seen_t = model.denoiser(), [], []
     y = calibration_classes(model.classes, images)
 
     def watched(x: Images, t: int, step: int) -> Images:
         seen_x.append(x)
         seen_t.append(t)
-        return eps(x, t, step, y)
+        answer = eps(x, t, step, y)
+        on_step()
+        return answer
 
     noise = NoiseSource(seed, images, model.image_shape)
     ddim_sample(watched, noise.draw(), model.schedule, noise, steps=steps)
@@ -196,14 +200,14 @@ class Walk:
         Modules to stop at; none inside of another.
     states : States
 
-    Notes
-    -----
-    Between two calls only units may change that have not been passed: that of the first call and those after it.
-
     Raises
     ------
     UnknownNameError
         A pass of the network does not call a module of such a name.
+
+    Notes
+    -----
+    Between two calls only units may change that have not been passed: that of the first call and those after it.
     """
 
     def __init__(self, network: Network, units: Sequence[str], states: States) -> None:
