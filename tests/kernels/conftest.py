@@ -29,8 +29,8 @@ def compiler():
 
 @pytest.fixture(scope="session")
 def core(tmp_path_factory, compiler):
-    """The C core; less optimized than the module, to be compiled in seconds."""
-    return Core(tmp_path_factory.mktemp("core"), compiler, "-O1")
+    """The C core, to be linked with programs."""
+    return Core(tmp_path_factory.mktemp("core"), compiler, "-O0")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
 """The battery of the float islands must notice mistakes: C texts with one change each, compiled and run."""
 
-import subprocess
-
 import numpy as np
 import pytest
-from cbuild import CEXT, build_ext
 from islands_judge import (
     FILLS,
     INF,
@@ -22,7 +19,7 @@ from islands_judge import (
 
 from refquant import kernels
 from refquant.errors import RangeError
-from refquant.kernels import _ext, _islands
+from refquant.kernels import _call, _ext, _islands
 
 needs_extension = pytest.mark.skipif(_ext.lib is None, reason="the C core is not compiled")
 
@@ -110,50 +107,20 @@ MUTANTS = {  # name: (kernel, file, *pairs of text)
         "avx512vnni", "islands_avx512.c", ("_mm512_setzero_si512()", "_mm512_set1_epi32(-1000)"),
     ),
 }  # fmt: skip
-# What islands.c asks of the rest of the core; the kernels that are not tested are empty.
-STUB = """
-#include <stdlib.h>
-#include "impl.h"
-#include "islands.h"
-static const struct rq_kernel row = {.name = "mutant", .needs = NEEDS};
-const struct rq_kernel *rq_kernel_row(int i) { return i == 0 ? &row : NULL; }
-uint32_t rq_cpu_features(void) { return NEEDS; }
-void rq_team_run(int threads, rq_task *task, void *context) { (void)threads; task(context, 0); }
-void *rq_scratch(int64_t bytes) { static void *p; free(p); return p = malloc((size_t)bytes); }
-"""
-NEEDS = {"scalar": "0", "avx2": "RQ_CPU_AVX2", "avx512vnni": "RQ_CPU_AVX512VNNI"}
+OWN = {"scalar": "islands_scalar.c", "avx2": "islands_avx2.c", "avx512vnni": "islands_avx512.c"}
 
 
 @pytest.fixture
-def run_mutant(tmp_path, compiler, monkeypatch):
-    """Compile the islands with changes for one kernel, and make the Python face call them."""
-    cffi = pytest.importorskip("cffi")
+def run_mutant(library, monkeypatch):
+    """Compile what a change is in, for one kernel, and make the Python face call it."""
 
     def run(isa, file, *changes):
         if isa not in kernels.supported():
             pytest.skip(f"{isa}: not this machine")
-        for source in (*CEXT.glob("islands*"), CEXT / "impl.h", CEXT / "refquant.h", CEXT / "target.h"):
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-        text = (tmp_path / file).read_text(encoding="utf-8")
-        for old, new in changes:
-            assert old in text, f"{file} no longer has {old!r}: choose another mutant"
-            text = text.replace(old, new)
-        (tmp_path / file).write_text(text, encoding="utf-8")
-        own = f"islands_{isa.removesuffix('vnni')}"
-        names = ("islands_scalar", "islands_avx2", "islands_avx512")
-        empty = "".join(f"const struct rq_islands rq_{name};\n" for name in names if name != own)
-        (tmp_path / "stub.c").write_text(STUB.replace("NEEDS", NEEDS[isa]) + empty, encoding="utf-8")
-        sources = [tmp_path / name for name in ("stub.c", "islands.c", "islands_units.c", f"{own}.c")]
-        core = tmp_path / "islands.so"
-        flags = [flag for flag in build_ext().FLAGS if flag != "-O3"]
-        command = [compiler, *flags, "-O1", "-fPIC", "-shared", *sources, "-o", core]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        ffi = cffi.FFI()
-        header = (tmp_path / "refquant.h").read_text(encoding="utf-8")
-        ffi.cdef(build_ext().cdef(header))
-        monkeypatch.setattr(_islands, "lib", ffi.dlopen(str(core)))
-        monkeypatch.setattr(_islands, "ROWS", {isa: 0})
+        ffi, lib = library.open(file, *changes, compiled=(file,) if file.endswith(".c") else (OWN[isa],))
+        for module in (_islands, _call):
+            monkeypatch.setattr(module, "lib", lib)
+        monkeypatch.setattr(_islands, "ffi", ffi)
         with kernels.using(isa):
             battery()
 
@@ -161,7 +128,7 @@ def run_mutant(tmp_path, compiler, monkeypatch):
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", NEEDS)
+@pytest.mark.parametrize("isa", OWN)
 def test_without_a_change_the_battery_passes(run_mutant, isa):
     run_mutant(isa, "islands.c")
 

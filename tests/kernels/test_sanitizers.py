@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 def sanitized(folder, compiler, *options):
     """The core with a sanitizer, or a skip where the compiler has none."""
-    options = ("-O1", "-g", *options)
+    options = ("-O0", "-g", *options)
     program, link = "int main(void) { return 0; }", [compiler, *options, "-x", "c", "-", "-o", folder / "probe"]
     if subprocess.run(link, input=program, text=True, capture_output=True).returncode:
         pytest.skip(f"the compiler has no {options[-1]}")
