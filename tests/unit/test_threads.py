@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from refquant import threads
 from refquant.errors import RangeError
@@ -19,10 +20,15 @@ def default_setting(monkeypatch):
     set_threads(before)
 
 
+@pytest.fixture
+def two_blas_threads():
+    """BLAS with two threads, also where a worker of the suite has held it to one."""
+    with threadpool_limits(2, user_api="blas"):
+        yield
+
+
 def blas_threads():
     """How many threads each loaded BLAS may use now."""
-    from threadpoolctl import threadpool_info
-
     return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
 
 
@@ -62,19 +68,20 @@ def test_items_really_run_at_once():
     parallel_map(lambda _: barrier.wait(), range(2))
 
 
-def test_blas_is_single_threaded_inside_and_restored_after():
-    """BLAS has 1 thread inside, for several items and for one; afterwards what it had before."""
+def test_blas_is_single_threaded_inside_and_restored_after(two_blas_threads):
+    """BLAS has 1 thread inside, for several items and for one; afterwards the 2 that it had before."""
     set_threads(2)
     before = blas_threads()
     if not before:
         pytest.skip("threadpoolctl knows no BLAS of this NumPy")
+    assert before == [2] * len(before)
     assert all(n == 1 for inside in parallel_map(lambda _: blas_threads(), range(3)) for n in inside)
     assert parallel_map(lambda _: blas_threads(), [0]) == [[1] * len(before)]
     assert blas_threads() == before
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_exceptions_propagate(n):
+def test_exceptions_propagate(two_blas_threads, n):
     """The first failing item's exception arrives as it is, and the workers stay usable."""
     set_threads(n)
 
@@ -117,7 +124,7 @@ def test_nonsense_in_the_setting_changes_nothing(n):
     assert get_threads() == 4
 
 
-def test_overlapping_calls_restore_blas():
+def test_overlapping_calls_restore_blas(two_blas_threads):
     """Two user threads inside at once, the first to enter leaves first: BLAS is as before in the end."""
     before = blas_threads()
     inside, leave = threading.Barrier(2, timeout=10), threading.Event()
