@@ -3,9 +3,15 @@
 dev      25 examples, random: for the editor loop
 ci       200 examples, derandomized, no database, as hypothesis' own ci profile; the default where CI is set
 nightly  5,000 examples, random: finds new things, and prints how to replay them
+
+With `pytest -n` each worker is to have a core, and BLAS one thread in each of them: set here, before NumPy is there.
+REFQUANT_NUM_THREADS stays as it is, for the threads of refquant are what many tests are about.
 """
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -40,3 +46,18 @@ def calibration(model):
     from refquant.quant.calibrate import Calibration
 
     return Calibration(model, toys.CALIBRATION)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say which kernels the run has checked: a skipped one must not look like a passed one.
+
+    Not in kernels/conftest.py, which a process that only hands tests to workers does not load.
+    """
+    if not any(report.nodeid.startswith("tests/kernels/") for report in terminalreporter.stats.get("passed", ())):
+        return
+    from refquant import kernels
+
+    available, supported = kernels.available(), kernels.supported()
+    missing = [f"{name}: not this machine" for name in available if name not in supported]
+    checked = f"checked {len(supported)} of {len(available)} kernels"
+    terminalreporter.write_line(f"{checked} ({', '.join([*supported, *missing])})")

@@ -38,11 +38,3 @@ def library(tmp_path_factory, compiler):
     """The C core as a library to be opened with mistakes in it."""
     pytest.importorskip("cffi")
     return Library(tmp_path_factory.mktemp("library"), compiler)
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say which kernels the run has checked: a skipped one must not look like a passed one."""
-    available, supported = kernels.available(), kernels.supported()
-    missing = [f"{name}: not this machine" for name in available if name not in supported]
-    checked = f"checked {len(supported)} of {len(available)} kernels"
-    terminalreporter.write_line(f"{checked} ({', '.join([*supported, *missing])})")
