@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+import vectors
 from cbuild import Core, Library
 
 from refquant import kernels
@@ -38,3 +39,10 @@ def library(tmp_path_factory, compiler):
     """The C core as a library to be opened with mistakes in it."""
     pytest.importorskip("cffi")
     return Library(tmp_path_factory.mktemp("library"), compiler)
+
+
+@pytest.fixture(scope="session")
+def corners(tmp_path_factory):
+    """The vector set, a file for programs of `core`, and the number of its cases."""
+    path = tmp_path_factory.mktemp("vectors") / "corners.bin"
+    return path, vectors.write(path, [*vectors.cases(), *vectors.ties(), *vectors.sums_that_overflow_on_the_way()])

@@ -20,14 +20,6 @@ NEEDS = ("RQ_CPU_AVX2 | RQ_CPU_AVXVNNI", "RQ_CPU_AVX512VNNI")  # has VL
 
 
 @pytest.fixture(scope="module")
-def corners(tmp_path_factory):
-    """The vector set."""
-    path = tmp_path_factory.mktemp("vectors") / "corners.bin"
-    count = vectors.write(path, [*vectors.cases(), *vectors.ties(), *vectors.sums_that_overflow_on_the_way()])
-    return path, count
-
-
-@pytest.fixture(scope="module")
 def run(core):
     """A function that runs the vectors on a core whose avxvnni kernel is its twin, or a mutant of it."""
     if "avx512vnni" not in kernels.supported():

@@ -92,14 +92,6 @@ MUTANTS = {
 
 
 @pytest.fixture(scope="module")
-def corners(tmp_path_factory):
-    """The vector set."""
-    path = tmp_path_factory.mktemp("vectors") / "corners.bin"
-    count = vectors.write(path, [*vectors.cases(), *vectors.ties(), *vectors.sums_that_overflow_on_the_way()])
-    return path, count
-
-
-@pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """Data as they occur."""
     path = tmp_path_factory.mktemp("vectors") / "network.bin"

@@ -35,10 +35,9 @@ def checked(tmp_path_factory, compiler):
     return sanitized(folder, compiler, "-fno-sanitize-recover=all", "-fsanitize=address,undefined")
 
 
-def test_the_vectors(checked, tmp_path):
+def test_the_vectors(checked, corners):
     """Every kernel of this machine, every output stage, arrays that end where their page ends."""
-    path = tmp_path / "vectors.bin"
-    count = vectors.write(path, [*vectors.cases(), *vectors.ties(), *vectors.sums_that_overflow_on_the_way()])
+    path, count = corners
     done = checked.program(vectors.DRIVER)(path)
     names = " ".join(kernels.supported()[1:])
     assert (done.returncode, done.stdout) == (0, f"checked {count} cases on {names}\n"), done.stderr
