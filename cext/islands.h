@@ -21,6 +21,7 @@ enum {
 struct rq_pointwise {
     int64_t period;  /* a multiple of RQ_BLOCK; 0: z = x, and numbers that are not finite are reported */
     const double *shift, *slope, *offset;
+    const float *slope32, *offset32; /* the same, where the shorter way to codes may be tried (islands_short.h) */
     int tame;        /* no |z| is above 600, and shift is 0 */
     int silu;        /* f(z) = z / (unit + unit e^-z), else z */
     int codes;       /* y is rounded to a code; else it is stored as float32 */
@@ -61,6 +62,7 @@ extern const struct rq_islands rq_islands_scalar, rq_islands_avx2, rq_islands_av
 /* What group norm knows of an image; each of `period` numbers, in a thread's scratch memory. */
 struct rq_moments {
     double *shift, *slope, *offset, *sums, *mean, *group;
+    float *slope32, *offset32;
 };
 
 /* A call: the operands, and what is left to do. */

@@ -63,6 +63,16 @@ RQ_INLINE void store_narrow(float *p, narrow x) { _mm256_storeu_ps(p, x); }
 RQ_INLINE narrow least_narrow(narrow a, narrow b) { return _mm256_min_ps(a, b); }
 RQ_INLINE narrow most_narrow(narrow a, narrow b) { return _mm256_max_ps(a, b); }
 
+RQ_INLINE narrow times_plus(narrow a, narrow b, narrow c) { return a * b + c; }
+RQ_INLINE narrow size(narrow x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+RQ_INLINE int any_above(narrow x, float y) { return _mm256_movemask_ps(_mm256_cmp_ps(x, all_narrow(y), _CMP_GT_OQ)); }
+
+RQ_INLINE narrow times_power_narrow(narrow p, narrow t)
+{
+    const __m256i k = _mm256_slli_epi32(_mm256_castps_si256(t), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), k));
+}
+
 RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
 {
     const __m256i q0 = _mm256_cvtps_epi32(q[0]), q1 = _mm256_cvtps_epi32(q[1]);
@@ -70,6 +80,7 @@ RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
                 _mm256_extracti128_si256(q1, 1), zero_point);
 }
 
+#define RQ_SHORT
 #include "islands_body.h"
 #include "islands_tokens_body.h"
 

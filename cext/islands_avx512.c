@@ -59,11 +59,22 @@ RQ_INLINE void store_narrow(float *p, narrow x) { _mm512_storeu_ps(p, x); }
 RQ_INLINE narrow least_narrow(narrow a, narrow b) { return _mm512_min_ps(a, b); }
 RQ_INLINE narrow most_narrow(narrow a, narrow b) { return _mm512_max_ps(a, b); }
 
+RQ_INLINE narrow times_plus(narrow a, narrow b, narrow c) { return _mm512_fmadd_ps(a, b, c); }
+RQ_INLINE narrow size(narrow x) { return _mm512_abs_ps(x); }
+RQ_INLINE int any_above(narrow x, float y) { return _mm512_cmp_ps_mask(x, all_narrow(y), _CMP_GT_OQ) != 0; }
+
+RQ_INLINE narrow times_power_narrow(narrow p, narrow t)
+{
+    const __m512i k = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), k));
+}
+
 RQ_INLINE void store_narrow_codes(uint8_t *out, const narrow *q, int zero_point)
 {
     store_bytes(out, _mm512_cvtps_epi32(q[0]), zero_point);
 }
 
+#define RQ_SHORT
 #include "islands_body.h"
 #include "islands_tokens_body.h"
 

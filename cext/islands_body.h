@@ -24,6 +24,7 @@
  * error with c0 = 1, so that softmax of one score is 1. A degree of 5 would leave 9.2e-8: 1.5 ulp.
  * |z| is limited to 600, where 2^k times any float32 still is a normal number: beyond, y is 0 or z anyway.
  * Where group norm knows that no |z| comes near that (`tame`), two of 25 operations are saved.
+ * Codes of SiLU there are tried in float32 first, with the same result: islands_short.h.
  * Tails: a block that is not full is computed in a copy. No element outside of the arrays is touched.
  */
 #define VECTORS (RQ_BLOCK / LANES)
@@ -114,6 +115,10 @@ RQ_INLINE void store_block(void *out, const wide *y, const struct rq_pointwise *
             store_floats((float *)out + v * LANES, y[v]);
 }
 
+#ifdef RQ_SHORT
+#include "islands_short.h"
+#endif
+
 enum { PLAIN, TAME, WILD }; /* z = x; the affine map, nothing special; the affine map with shift and all limits */
 
 RQ_INLINE void pointwise_block(const float *x, const struct rq_pointwise *f, int64_t p, int map, int silu, int codes,
@@ -144,8 +149,18 @@ RQ_INLINE int pointwise_with(const float *x, int64_t count, const struct rq_poin
     const int64_t size = codes ? 1 : sizeof(float);
     wide bad = all(0.0);
     int64_t i = 0, p = 0;
+#ifdef RQ_SHORT
+    const int may_be_short = map == TAME && silu && codes && f->slope32;
+    const struct rough g = roughly(f);
+#endif
     for (; i + RQ_BLOCK <= count; i += RQ_BLOCK) {
-        pointwise_block(x + i, f, p, map, silu, codes, out + i * size, &bad);
+        int done = 0;
+#ifdef RQ_SHORT
+        if (may_be_short)
+            done = short_block(x + i, f, &g, p, out + i);
+#endif
+        if (!done)
+            pointwise_block(x + i, f, p, map, silu, codes, out + i * size, &bad);
         p = p + RQ_BLOCK < f->period ? p + RQ_BLOCK : 0;
     }
     if (i < count) {

@@ -91,6 +91,7 @@ class Norm:
 
 FILLS = {
     "normal": lambda rng, shape: rng.normal(1, 3, shape),
+    "some way from 0": lambda rng, shape: 300 + rng.normal(0, 1, shape),  # float32 is not sure of a code in ten
     "far from 0": lambda rng, shape: 1e4 + rng.normal(0, 1e-2, shape),
     "constant": lambda rng, shape: np.full(shape, rng.choice([0, 1, -0.1, 3e38, 1e-40, 16777217.0])),
     "constant in a channel": lambda rng, shape: np.broadcast_to(rng.normal(0, 1e20, shape[-1]), shape),

@@ -97,6 +97,13 @@ MUTANTS = {  # name: (kernel, file, *pairs of text)
     "the largest score is not subtracted": ("scalar", "islands_body.h", ("all(largest) - load", "all(0.0) - load")),
     "behind the line are scores of 0": ("scalar", "islands_body.h", ("room[i] = nothing;", "room[i] = 0;")),
     "avx2: quarters exchanged": ("avx2", "islands_avx2.c", ("_mm_packs_epi32(q0, q1)", "_mm_packs_epi32(q1, q0)")),
+    "avx2: float32 is sure of all codes": ("avx2", "islands_short.h", ("TOLERANCE 0x1.8p-20", "TOLERANCE 0.0")),
+    "avx512: float32 is sure of all codes": (
+        "avx512vnni", "islands_short.h", ("TOLERANCE 0x1.8p-20", "TOLERANCE 0.0"),
+    ),
+    "avx512: the power of two is that of double": (
+        "avx512vnni", "islands_avx512.c", ("_mm512_castps_si512(t), 23", "_mm512_castps_si512(t), 22"),
+    ),
     "avx2: what is below 0 wraps": (
         "avx2", "islands_avx2.c", ("_mm_adds_epi16", "_mm_add_epi16"), ("_mm_packus_epi16(low", "_mm_packs_epi16(low"),
     ),
