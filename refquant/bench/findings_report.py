@@ -213,8 +213,8 @@ REMARKS = {  # what the numbers do not say by themselves; none of these repeats 
     "is ten times that of TIAR, and what is left hurts less than the other layers do.",
     "6": "Without the learning of activation steps both do the same work on the same units; our `tfmq` samples nothing "
     "anew for each step, which is where the released code spends its time.",
-    "8": "Probably because a search for the least squared error looks at where most values are, which the weight of the "
-    "steps hardly moves. States with labels of other noise levels are as good for ranges alone.",
+    "8": "Probably because a search for the least squared error looks at where most values are, which the weight of "
+    "the steps hardly moves. States with labels of other noise levels are as good for ranges alone.",
     "10": "Clipping a few values in 100,000 is nothing beside the rounding of all.",
 }
 
