@@ -16,7 +16,8 @@ Where we differ and why.
 1. **Fitness** is the squared error of the trajectory: the images after ten steps of DDIM from the same noise, against
    the float model's. Theirs is the Frechet distance of 800 images, which for ten images means nothing; the error of an
    image from the same noise is sharp even for four.
-2. Group sizes divide these layers: 16 to 128 of 128 or 512 inputs, theirs 32 to 288 of 1,152 or 4,608.
+2. Group sizes divide these layers: 16 or 32 of 96 inputs, 16 to 128 of 384, where theirs are 32 to 288 of 1,152 or
+   4,608; so `group` is 32, and not their 128, which does not divide 96.
 3. The budget is that of their code, mean g at least `group`; the paper states it in bit operations.
 4. Population and rounds are small (the paper's: 50 and 10, hours of a GPU).
 5. Activation ranges contain 0; theirs need not, but the zero point is clamped to the codes, so that a group of one sign
@@ -50,7 +51,7 @@ from ..session import Run, Session
 from ..transformer import require, token_layers
 
 SIZES = (16, 32, 64, 128)
-TOKENS = 16  # of each state, for H: 512 states give 8,192 rows for the 512 x 512 numbers of fc2's
+TOKENS = 16  # of each state, for H: 512 states give 8,192 rows for the 384 x 384 numbers of fc2's
 IMAGES, STEPS = 4, 10  # of the trajectories that judge a choice of sizes
 
 Genes = tuple[int, ...]
@@ -75,7 +76,7 @@ class Evolution:
 
 
 def quantize(
-    session: Session, *, group: int = 64, search: bool = True, rounds: int = 3, population: int = 8
+    session: Session, *, group: int = 32, search: bool = True, rounds: int = 3, population: int = 8
 ) -> QuantizedModel:
     """Quantize a diffusion transformer by Q-DiT.
 
