@@ -66,7 +66,7 @@ def run(
     RangeError
         No rounds, no images, or no contender of such a name.
     RefquantError
-        A kernel differs from the reference, and nothing was timed; or our own process failed.
+        A kernel differs from `scalar`, and nothing was timed; or our own process failed.
     """
     if rounds < 1 or min(batches) < 1:
         raise RangeError(f"bench: batch is {min(batches)} and repeats is {rounds}; both must be at least 1.")

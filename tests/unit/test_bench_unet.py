@@ -139,7 +139,7 @@ def test_a_broken_kernel_stops_it_before_any_time(monkeypatch, capsys):
 
     def broken(*arguments, out, **options):
         compute(*arguments, out=out, **options)
-        if kernels.active() != "ref":
+        if kernels.active() != "scalar":
             out[0, 0, 0] += 0.5
 
     monkeypatch.setitem(CONFIGS, "tiny", toys.TINY)
@@ -147,7 +147,7 @@ def test_a_broken_kernel_stops_it_before_any_time(monkeypatch, capsys):
     monkeypatch.setattr(unet_turn, "elsewhere", lambda task: pytest.fail("timed"))
     assert cli.main(["bench", "unet", "--network", "tiny", "--quiet"]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and "differs from the reference in" in err and "of tiny. Nothing was timed" in err
+    assert out == "" and "differs from scalar in" in err and "of tiny. Nothing was timed" in err
 
 
 def test_a_peer_that_fails_is_not_timed_and_ours_ends_it(tiny):
