@@ -27,6 +27,7 @@ PAGES = [
     "README.md",
     "CHANGELOG.md",
     "cext/story/README.md",
+    "refquant/quant/methods/README.md",
     "tutorials/README.md",
     "tutorials/exercises/README.md",
     "tutorials/exercises/properties/README.md",
