@@ -1,6 +1,7 @@
 """The page of findings, written from the numbers that `bench.findings` saved; no number is typed by hand.
 
-    python -m refquant.bench.findings_report findings.json bits.json ... > refquant/quant/methods/README.md
+    cd refquant/bench
+    python -m refquant.bench.findings_report findings.json bit_widths*.json > ../quant/methods/README.md
 
 The other files, if given, are what `refquant compare` wrote for several bit-widths; their tables end the page.
 
@@ -203,32 +204,31 @@ VERDICTS: dict[str, Callable[[Measured], str]] = {
 }  # fmt: skip
 
 
-REMARKS = {  # what the numbers do not say by themselves
-    "1": "Each layer by itself takes as many iterations for every layer as TIAR for all of them together, and here "
-    "it needs them: with 13 times the work it ends closer. Inside of blocks the same layers hardly improve on "
-    "nearest, which is the paper's point.",
-    "1, bit-widths": "A few images that turn into other digits make the spread; the median hardly moves with the seed.",
-    "2": "20 time-steps are seen 50 times as often as each of 1,000, and learned better; the others pay for it. "
-    "All of them cost no more time, so `tfmq` looks at all.",
+REMARKS = {  # on the numbers in findings.json: to be read again when those change
+    "1": "Each layer by itself takes as many iterations for every layer as TIAR for all of them together, and "
+    "with that much more work it ends closer. Inside of blocks the same layers hardly improve on nearest, "
+    "which is the paper's point.",
+    "1, bit-widths": "A few images that turn into other digits make the spread; the median moves less with the seed.",
+    "2": "Few time-steps are seen more often than each of all, and learned better; the others pay for it. All of "
+    "them cost no more time, so `tfmq` looks at all.",
     "3": "At W4A8 the weights do the damage, and ranges cannot mend it. Where weights do less, they can: in the "
-    "last table `tfmq` is far ahead of `brecq` at W8A8 and W6A6, whose activations have one range for all "
+    "last tables `tfmq` is far ahead of `brecq` at W8A8 and W6A6, whose activations have one range for all "
     "steps.",
-    "4": "Float weights bring nothing more because TIAR has taken what was to be had: the temporal error of "
-    "`nearest` is ten times that of TIAR, and what is left hurts less than the other layers do.",
+    "4": "Float weights bring nothing more because TIAR has taken what was to be had (claim 1), and what is left "
+    "hurts less than the other layers do.",
     "5": "Learned activation steps are what `qdiffusion` has and `tfmq` has not, and with few iterations they "
     "weigh more than the temporal features. With the documented effort, in the README's table, `tfmq` is "
-    "ahead by a decibel; most of what it lacks here it lacks in the weights of its blocks, not in the "
-    "temporal layers (claim 4).",
-    "6": "Both do the same work on the same units, so what is left is the learning of activation steps; our `tfmq` "
-    "samples nothing anew for each step, on which the released code spends most of its time. With so few "
-    "iterations what every method pays once weighs much: with the documented 1,000 the ratio is 2.4, in the "
-    "README's table.",
-    "steps": "On twice as many trajectories and states `tfmq` gained 2.6 dB by importance. What is drawn more often "
-    "must be there often enough: with 512 states the many steps that seem harmless are left with a few states "
-    "each.",
+    "ahead; most of what it lacks here it lacks in the weights of its blocks, not in the temporal layers "
+    "(claim 4).",
+    "6": "Both do the same work on the same units, so what is left is the learning of activation steps; our "
+    "`tfmq` samples nothing anew for each step, on which the released code spends most of its time. With so "
+    "few iterations what every method pays once weighs much: the ratio at the documented effort is in the "
+    "README.",
+    "steps": "With more trajectories and states `tfmq` gained (README). What is drawn more often must be there often "
+    "enough: of so few states the many steps that seem harmless are left with a few each.",
     "8": "Probably because a search for the least squared error looks at where most values are, which the weight "
     "of the steps hardly moves. States with labels of other noise levels are as good for ranges alone.",
-    "10": "Clipping a few values in 100,000 is nothing beside the rounding of all.",
+    "10": "Clipping so few values is nothing beside the rounding of all.",
 }
 
 

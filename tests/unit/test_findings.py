@@ -1,10 +1,12 @@
 """The page of findings: verdicts follow from numbers, and from nothing else."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from refquant.bench import findings
+from refquant.bench import findings, findings_report
 from refquant.bench.findings import CLAIMS
 from refquant.bench.findings_report import CLAIMS as TEXTS
 from refquant.bench.findings_report import CONTRADICTED, OPEN, SUPPORTED, VERDICTS, gain, judge, page
@@ -120,3 +122,10 @@ def test_a_model_is_made_once_and_has_a_state_file_of_its_own(monkeypatch, tmp_p
             study.made("tfmq", {"sampling": "uniform"})
     assert len(asked) == len(set(asked)) == 6
     assert all(path.parent == tmp_path / "work" for path in asked)
+
+
+def test_the_page_is_the_one_of_the_committed_numbers():
+    bench = Path(findings_report.__file__).parent
+    files = ("findings.json", "bit_widths.json", "bit_widths_w4a32.json")
+    text = page(*(json.loads((bench / name).read_text(encoding="utf-8")) for name in files))
+    assert text == (bench.parent / "quant" / "methods" / "README.md").read_text(encoding="utf-8")
