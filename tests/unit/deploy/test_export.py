@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import toys
+from ort import session
 
 from refquant.autograd import Tensor, no_grad
 from refquant.deploy.export import export
@@ -23,7 +24,6 @@ from refquant.quant.quantized import QuantizedModel
 from refquant.quant.wrap import wrap
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 VARIANTS = {
     "nearest W8A8": ("nearest", 8, 8, {}),
@@ -56,18 +56,6 @@ def made(calibration, variant, **options):
 @pytest.fixture
 def x(calibration):
     return np.random.default_rng(3).standard_normal((3, *calibration.model.image_shape), dtype=np.float32)
-
-
-EXACT = ("session.x64quantprecision", "1")  # else, where a processor has no VNNI, sums of two products saturate
-
-
-def session(network, optimized=True):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(*EXACT)
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(network.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def answer(network, x, step=None, optimized=True):
@@ -196,11 +184,8 @@ def test_rounded_results_make_all_convolutions_integer_ones(calibration, x, vari
     """What ONNX Runtime makes of the network: no convolution of floats is left, nor a product of attention."""
     model = made(calibration, variant)
     network = export(model, results=result_quantizers(model))
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "o.onnx"), 3
-    options.add_session_config_entry(*EXACT)
-    running = onnxruntime.InferenceSession(network.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    kinds = [node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node]
+    running = session(network, kept=tmp_path / "o.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
     convolutions = sum(isinstance(layer.layer, Conv2d) for layer in model.layers.values())
     assert kinds.count("QLinearConv") == convolutions and not {"Conv", "FusedConv", "MatMul"} & set(kinds)
     want = fake(model, x, 2)

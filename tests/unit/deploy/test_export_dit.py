@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import toys
+from ort import session
 
 from refquant.deploy.export import export
 from refquant.errors import LoweringError
@@ -16,7 +17,6 @@ from refquant.quant.temporal import features
 from refquant.quant.wrap import wrap
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 
 VARIANTS = {
     "nearest W8A8": ("nearest", 8, 8, {}),
@@ -45,17 +45,6 @@ def made(calibration, variant, **options):
 @pytest.fixture
 def x():
     return np.random.default_rng(3).standard_normal((3, 1, 8, 8), dtype=np.float32)
-
-
-def session(network, optimized=True, kept=None):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    level = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    if kept is not None:
-        options.optimized_model_filepath = str(kept)
-    return onnxruntime.InferenceSession(network.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def feed(running, **values):
