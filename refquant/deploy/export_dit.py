@@ -16,13 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import LoweringError
 from ..nn.dit import LN_EPS, DiTBlock, Modulation
 from ..quant.affine import QParams
 from ..quant.quantized import QuantizedModel
-from ..quant.temporal import every_condition, features
+from ..quant.temporal import features_by_step
 from ..quant.wrap import QuantAttention, QuantLayer
 from .qdq import Writer
 
@@ -34,11 +33,7 @@ class TransformerWriter(Writer):
         super().__init__(quantized, step, results)
         cfg = self.network.cfg
         self.side, self.width = cfg.image_size // cfg.patch, cfg.width
-        rows: list[dict[str, NDArray[np.float32]]] = []
-        for index, t in enumerate(self.timesteps):
-            quantized.at_step(index)
-            rows.append(features(self.network, *every_condition(np.array([t]), cfg.classes)))
-        self.features = {name: np.stack([row[name] for row in rows]) for name in rows[0]}  # (S, K + 1, C)
+        self.features = features_by_step(quantized)  # (S, K + 1, C)
 
     def model(self) -> Any:
         """Write the whole network."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import LoweringError
 from ..nn.layers import GroupNorm
@@ -14,7 +13,7 @@ from ..nn.unet import AttentionBlock, Level, ResBlock
 from ..quant.affine import QParams
 from ..quant.quantized import QuantizedModel
 from ..quant.split import SplitConv
-from ..quant.temporal import features
+from ..quant.temporal import features_by_step
 from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
 from .qdq import Writer
 
@@ -25,11 +24,7 @@ class UNetWriter(Writer):
     def __init__(self, quantized: QuantizedModel, step: int | None, results: Mapping[str, QParams]) -> None:
         super().__init__(quantized, step, results)
         self.size = self.network.cfg.image_size  # of the images where the walk is now
-        rows: list[dict[str, NDArray[np.float32]]] = []
-        for index, t in enumerate(self.timesteps):
-            quantized.at_step(index)
-            rows.append(features(self.network, np.array([t])))
-        self.features = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}  # (S, C)
+        self.features = features_by_step(quantized)  # (S, 1, C)
 
     def model(self) -> Any:
         """Write the whole network."""

@@ -28,7 +28,7 @@ from ..nn.layers import Conv2d, GroupNorm
 from ..nn.unet import AttentionBlock, Level, ResBlock
 from ..quant.quantized import QuantizedModel
 from ..quant.split import SplitConv
-from ..quant.temporal import features
+from ..quant.temporal import features_by_step
 from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
 from .lower_dit import TransformerLowering
 from .lowering import Lowering, scales_of
@@ -69,7 +69,7 @@ class _UNetLowering(Lowering):
 
     def __init__(self, model: QuantizedModel) -> None:
         super().__init__(model)
-        self.rows = self._temporal_rows()
+        self.rows = {name: rows[:, 0] for name, rows in features_by_step(model).items()}  # (S, C_i)
         self.encoded: dict[tuple[Any, ...], int] = {}
 
     def program(self) -> Program:
@@ -190,12 +190,4 @@ class _UNetLowering(Lowering):
             fused = None if norm is None else Norm(norm.weight.data, norm.bias.data, norm.groups, norm.eps)
             self.operations.append(Encode(x, self.encoded[key], found, fused, silu))
         return self.encoded[key]
-
-    def _temporal_rows(self) -> dict[str, NDArray[np.float32]]:
-        """The temporal features (S, C_i) of every step, with the step's tables in force."""
-        rows: list[dict[str, NDArray[np.float32]]] = []
-        for step, t in enumerate(self.timesteps):
-            self.model.at_step(step)
-            rows.append(features(self.network, np.array([t])))
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 

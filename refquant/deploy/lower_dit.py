@@ -30,7 +30,7 @@ from ..quant.grids import Grid
 from ..quant.mrq_sign import SignSplit
 from ..quant.mrq_softmax import SoftmaxRegions
 from ..quant.quantized import QuantizedModel
-from ..quant.temporal import every_condition, features
+from ..quant.temporal import features_by_step
 from ..quant.wrap import ActivationQuantizer, QuantAttention, QuantLayer
 from .lowering import Lowering, scales_of
 from .program import Convolve, Encode, Probabilities, Program
@@ -79,16 +79,12 @@ class TransformerLowering(Lowering):
 
     def _modulations(self) -> NDArray[np.float32]:
         """All modulations side by side, (S, K + 1, C): of every step, with its tables in force, and class."""
-        rows = []
-        for step, t in enumerate(self.timesteps):
-            self.model.at_step(step)
-            found = features(self.network, *every_condition(np.array([t]), self.network.cfg.classes))
-            rows.append(np.concatenate(list(found.values()), axis=1))
+        found = features_by_step(self.model)
         self.columns, column = {}, 0
         for name, part in found.items():
             self.columns[name.removesuffix(".adaLN_modulation.1")] = column
-            column += part.shape[1]
-        return np.stack(rows)
+            column += part.shape[-1]
+        return np.concatenate(list(found.values()), axis=-1)
 
     # --- parts of the network ---
 

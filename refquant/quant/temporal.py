@@ -103,6 +103,15 @@ def features(
         return {name: z.data for name, z in zip(block.projections, block(t, y), strict=True)}
 
 
+def features_by_step(model: QuantizedModel) -> dict[str, NDArray[np.float32]]:
+    """Temporal features (S, K + 1, C_i) of all S steps of the sampler, each with its tables in force, and classes."""
+    rows: list[dict[str, NDArray[np.float32]]] = []
+    for step, t in enumerate(model.timesteps()):
+        model.at_step(step)
+        rows.append(features(model.network, *every_condition(np.array([t]), model.network.cfg.classes)))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureErrors:
     """How far temporal features are from the float ones.
