@@ -25,6 +25,10 @@
 # The scale search and the sampler of earlier pages, and the idea of AdaRound; its formulas are repeated here. The paper
 # is TFMQ-DM: Huang et al., *Temporal Feature Maintenance Quantization for Diffusion Models*, CVPR 2024,
 # [arXiv 2311.16503](https://arxiv.org/abs/2311.16503).
+#
+# With half an hour: read *Break it*, *TIAR* and *Change one thing*, which are the method; then change `ITERATIONS` or a
+# line of `tiar` in a copy of this page, and compare what it prints behind "told a wrong time". The
+# [README](../../README.md#half-an-hour) has the commands.
 
 # %%
 from functools import partial

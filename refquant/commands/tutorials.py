@@ -21,7 +21,7 @@ def add(verbs: Any) -> None:
         verbs, "tutorials", "List the tutorials; open one, run it, or copy it to work on.",
         "refquant tutorials 01 --copy . --notebook", seed=False,
     )  # fmt: skip
-    p.add_argument("name", nargs="?", metavar="NAME", help="number or name of one of them")
+    p.add_argument("name", nargs="?", metavar="NAME", help="number or name of one of them; with --run, also a script of yours")
     p.add_argument("--open", action="store_true", help="open its page, with outputs and figures, in a viewer")
     p.add_argument("--run", type=Path, dest="figures", metavar="DIR",
                    help="run it without a screen, and write its figures there as PNG")  # fmt: skip
@@ -42,9 +42,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.notebook and args.copy is None:
         raise RefquantError("--notebook needs a folder to write to: add --copy DIR.")
-    tutorial = find(args.name)
     if args.figures is not None and not args.figures.is_dir():
         raise RefquantError(f"{args.figures}: there is no such folder. Make it first, or choose another --run.")
+    if args.name.endswith(".py"):
+        return _run_own(Path(args.name), args)
+    tutorial = find(args.name)
     made = None if args.copy is None else copy(tutorial, args.copy, as_notebook=args.notebook)
     if args.open and not (tutorial.page.is_file() and webbrowser.open(tutorial.page.as_uri())):
         raise RefquantError(f"no viewer could be started. Open this file by hand: {tutorial.page}.")
@@ -53,17 +55,31 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and path.is_file():
             print(f"{what + ':':<8}{path}")
     if args.figures is not None:
-        for path in execute(tutorial, args.figures):
-            print(f"figure: {path}")
+        _print_figures(execute(tutorial.path, args.figures))
     return 0
 
 
-def execute(tutorial: Tutorial, place: Path) -> list[Path]:
+def _run_own(script: Path, args: argparse.Namespace) -> int:
+    """Run a copy that its reader has changed."""
+    if args.figures is None or args.copy or args.open:
+        raise RefquantError(f"{script}: a script of yours can be run, with --run DIR, not opened or copied.")
+    if not script.is_file():
+        raise RefquantError(f"{script}: there is no such file. `refquant tutorials 11 --copy .` makes one to change.")
+    _print_figures(execute(script, args.figures))
+    return 0
+
+
+def _print_figures(figures: list[Path]) -> None:
+    for path in figures:
+        print(f"figure: {path}")
+
+
+def execute(script: Path, place: Path) -> list[Path]:
     """Run a script; what it would show in windows is written into a folder, NN_name_1.png and so on.
 
     Parameters
     ----------
-    tutorial : Tutorial
+    script : Path
     place : Path
         An existing folder; figures of an earlier run are overwritten.
 
@@ -81,13 +97,13 @@ def execute(tutorial: Tutorial, place: Path) -> list[Path]:
 
     def save() -> None:
         for number in plt.get_fignums():
-            made.append(place / f"{tutorial.path.stem}_{len(made) + 1}.png")
+            made.append(place / f"{script.stem}_{len(made) + 1}.png")
             plt.figure(number).savefig(made[-1])
         plt.close("all")
 
     show, plt.show = plt.show, save
     try:
-        runpy.run_path(str(tutorial.path), run_name="__main__")
+        runpy.run_path(str(script), run_name="__main__")
     finally:
         plt.show = show
     return made

@@ -1,7 +1,7 @@
 """The C core under sanitizers: no byte beside an array, no undefined operation, no race; and what fuzzing found.
 
-The vectors compare with NumPy, the corpus of fuzz/fuzz_conv.c compares kernels with the scalar one, in arrays of
-exactly their size and with numbers that describe nothing; how to fuzz on is said there.
+The vectors compare with NumPy; the corpora of fuzz/fuzz_conv.c and fuzz/fuzz_islands.c compare kernels with the scalar
+one, in arrays of exactly their size and with numbers that describe nothing; how to fuzz on is said there.
 """
 
 import subprocess
@@ -43,19 +43,38 @@ def test_the_vectors(checked, corners):
     assert (done.returncode, done.stdout) == (0, f"checked {count} cases on {names}\n"), done.stderr
 
 
-def test_the_corpus(checked):
+def corpus(target):
+    """The kept inputs of a fuzzing target."""
+    return sorted((CORPUS / target.removeprefix("fuzz_")).iterdir())
+
+
+@pytest.mark.parametrize("target", ["fuzz_conv", "fuzz_islands"])
+def test_the_corpus(checked, target):
     """Every input that fuzzing has kept: good calls and spoilt ones, on one to three threads."""
-    files = sorted(CORPUS.iterdir())
-    assert sum(file.stat().st_size for file in files) < 100_000
-    done = checked.program(FUZZ / "fuzz_conv.c", options=("-DREPLAY",))(*files, timeout=300)
+    files = corpus(target)
+    assert 0 < sum(file.stat().st_size for file in files) < 100_000
+    done = checked.program(FUZZ / f"{target}.c", options=("-DREPLAY",))(*files, timeout=300)
     assert (done.returncode, done.stdout) == (0, f"replayed {len(files)} files\n"), done.stderr
 
 
-def test_a_byte_too_many_is_seen(checked):
-    """A kernel that takes one k more reads beyond the last panel of weights."""
-    mutant = checked.mutate("gemm_scalar.c", ("k < t->steps * RQ_STEP", "k <= t->steps * RQ_STEP"))
-    done = checked.program(FUZZ / "fuzz_conv.c", mutant, options=("-DREPLAY",))(*sorted(CORPUS.iterdir()))
-    assert done.returncode != 0 and "heap-buffer-overflow" in done.stderr
+MUTANTS = {  # what of the target's source is changed, and what it says then
+    "a k too many": ("fuzz_conv", "gemm_scalar.c", "k < t->steps * RQ_STEP", "k <= t->steps * RQ_STEP",
+                     "heap-buffer-overflow"),
+    "a token too many": ("fuzz_islands", "islands_tokens.c", "*count = rest < TOKENS ? rest : TOKENS",
+                         "*count = TOKENS", "heap-buffer-overflow"),
+    "a row too many": ("fuzz_islands", "products.c", "begin = p->m * cut / j->cuts, count = p->m",
+                       "begin = p->m * cut / j->cuts, count = 1 + p->m", "heap-buffer-overflow"),
+    "a stride not checked": ("fuzz_islands", "islands_tokens.c", "|| stride < d ||", "||", "but not refused"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_mistake_is_seen(checked, mutant):
+    """Of memory: a byte too many; of the door: a call that should be refused."""
+    target, file, old, new, said = MUTANTS[mutant]
+    other = checked.mutate(file, (old, new))
+    done = checked.program(FUZZ / f"{target}.c", other, options=("-DREPLAY",))(*corpus(target), timeout=300)
+    assert done.returncode != 0 and said in done.stderr
 
 
 @pytest.fixture(scope="module")

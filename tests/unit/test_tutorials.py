@@ -143,7 +143,9 @@ def test_run_writes_figures(capsys, monkeypatch, tmp_path):
     shown = "plt.figure(); plt.figure(); plt.show(); plt.figure(); plt.show(); print('done')"
     script.write_text(f"{SCRIPT}\nimport matplotlib.pyplot as plt\n{shown}\n", encoding="utf-8")
     monkeypatch.setattr(refquant.commands.tutorials, "find", lambda name: tutorials.read(script))
-    code, out, _ = call(capsys, "07", "--run", tmp_path)
+    by_number, own = call(capsys, "07", "--run", tmp_path), call(capsys, script, "--run", tmp_path)
+    code, out, _ = own
+    assert by_number[1].endswith(out)  # which first says what it runs
     made = [tmp_path / f"07_name_{i}.png" for i in (1, 2, 3)]
     assert code == 0 and out.splitlines()[-4:] == ["done", *(f"figure: {path}" for path in made)]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made) and len(list(tmp_path.glob("*.png"))) == 3
@@ -152,7 +154,8 @@ def test_run_writes_figures(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, word",
     [(["99"], "99"), (["--open"], "which"), (["00", "--notebook"], "--copy"), (["00", "--copy", "none"], "none"),
-     (["00", "--run", "none"], "none"), (["--run", "."], "which")],
+     (["00", "--run", "none"], "none"), (["--run", "."], "which"), (["mine.py"], "--run"),
+     (["mine.py", "--run", "."], "no such file"), (["mine.py", "--run", ".", "--copy", "."], "copied")],
 )
 def test_bad_usage(capsys, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)

@@ -8,95 +8,20 @@
  *
  *     clang -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -pthread -ffp-contract=off \
  *           -I cext cext/[a-z]*.c tests/kernels/fuzz/fuzz_conv.c -o fuzz_conv
- *     ./fuzz_conv -max_len=64 -max_total_time=600 new/ tests/kernels/fuzz/corpus/
- *     ./fuzz_conv -merge=1 tests/kernels/fuzz/corpus/ new/
+ *     ./fuzz_conv -max_len=64 -max_total_time=600 new/ tests/kernels/fuzz/corpus/conv/
+ *     ./fuzz_conv -merge=1 tests/kernels/fuzz/corpus/conv/ new/
  *
  * With -DREPLAY it has a main of its own, which runs the files named: test_sanitizers.py.
  */
-#define _POSIX_C_SOURCE 200809L /* posix_memalign, under -std=c11: exact sizes */
-
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "refquant.h"
+#include "fuzz.h"
 
 static const int64_t MOST_BYTES = (int64_t)1 << 46; /* above, too */
 enum {
     MOST_WORK = 2 * RQ_ALONE_BELOW,  /* multiplications: enough for the team to be called */
     USUAL_WORK = RQ_ALONE_BELOW / 5,
     MOST_SIZE = 1 << 30,      /* above, the core may refuse what fits */
-    MOST_PADDING = 64,        /* above, its copy of a few lines would fill the memory */
-    PATTERN = 0xa5
+    MOST_PADDING = 64         /* above, its copy of a few lines would fill the memory */
 };
-
-/* ------------------------------------------------------------------ bytes */
-
-static const uint8_t *input, *input_end;
-
-static uint8_t take(void) { return input < input_end ? *input++ : 0; }
-
-/* 0 .. most, mostly small. */
-static int64_t take_size(int most)
-{
-    const int byte = take();
-    return byte % (most + 1);
-}
-
-static int64_t take_any(void)
-{
-    static const int64_t corners[] = {
-        0, 1, 2, 3, -1, 255, 256, 1 << 30, (1 << 30) + 1, INT32_MAX, INT32_MIN, INT64_MAX, INT64_MIN, (int64_t)1 << 62,
-    };
-    const unsigned corner = take();
-    if (corner < sizeof corners / sizeof corners[0])
-        return corners[corner];
-    uint64_t any = 0;
-    for (int i = 0; i < 8; i++)
-        any = any << 8 | take();
-    return (int64_t)any;
-}
-
-static uint64_t state;
-
-static uint64_t random64(void)
-{
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state;
-}
-
-static int64_t random_in(int64_t low, int64_t high)
-{
-    const uint64_t r = random64(), span = (uint64_t)(high - low) + 1;
-    return r & 1 << 20 ? (r & 2 << 20 ? low : high) : low + (int64_t)((r >> 24) % span);
-}
-
-/* Finite, and small enough for no product to be NaN: subnormals, 0 and -0 among them. */
-static float random_float(void)
-{
-    uint32_t bits = (uint32_t)random64();
-    bits = bits >> 28 ? bits & 0xbfffffff : bits & 0x807fffff;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value > 1e30f || value < -1e30f ? 1.0f : value;
-}
-
-static void *array(int64_t count, int64_t size)
-{
-    void *memory;
-    if (posix_memalign(&memory, 64, (size_t)(count * size)))
-        abort();
-    return memory;
-}
-
-static void fill_bytes(void *to, int64_t count, int low, int high)
-{
-    for (int64_t i = 0; i < count; i++)
-        ((uint8_t *)to)[i] = (uint8_t)random_in(low, high);
-}
 
 static int32_t *random_ints(int64_t count, int64_t low, int64_t high)
 {
@@ -115,8 +40,6 @@ static float *random_floats(int64_t count)
 }
 
 /* ------------------------------------------------------------------ what a call describes */
-
-typedef __int128 wide;
 
 struct call {
     int row, threads;
@@ -301,9 +224,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     c.y.qmin = full_codes ? 0 : take();
     c.y.qmax = full_codes ? 255 : c.y.qmin + (255 - c.y.qmin) * take() / 255;
     const int shift = take() % 63;
-    state = 88172645463325252u;
-    for (int i = 0; i < 4; i++)
-        state = (state ^ take()) * 0x100000001b3u | 1;
+    take_seed();
 
     const wide pixels = c.x.h + 2 * c.padding < c.w.kh || c.x.w + 2 * c.padding < c.w.kw
         ? 0 : c.x.n * side(c.x.h, c.w.kh, &c) * side(c.x.w, c.w.kw, &c);
@@ -346,23 +267,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         free(all[i]);
     return 0;
 }
-
-#ifdef REPLAY
-int main(int argc, char **argv)
-{
-    static uint8_t bytes[4096];
-    for (int i = 1; i < argc; i++) {
-        FILE *file = fopen(argv[i], "rb");
-        if (!file)
-            return 2;
-        const size_t size = fread(bytes, 1, sizeof bytes, file);
-        fclose(file);
-        uint8_t *exact = malloc(size);
-        memcpy(exact, bytes, size);
-        LLVMFuzzerTestOneInput(exact, size);
-        free(exact);
-    }
-    printf("replayed %d files\n", argc - 1);
-    return 0;
-}
-#endif
