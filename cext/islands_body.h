@@ -24,7 +24,7 @@
  * error with c0 = 1, so that softmax of one score is 1. A degree of 5 would leave 9.2e-8: 1.5 ulp.
  * |z| is limited to 600, where 2^k times any float32 still is a normal number: beyond, y is 0 or z anyway.
  * Where group norm knows that no |z| comes near that (`tame`), two of 25 operations are saved.
- * Codes of SiLU there are tried in float32 first, with the same result: islands_short.h.
+ * Codes of SiLU there, and of GELU, are tried in float32 first, with the same result: islands_short.h.
  * Tails: a block that is not full is computed in a copy. No element outside of the arrays is touched.
  */
 #define VECTORS (RQ_BLOCK / LANES)

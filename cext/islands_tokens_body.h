@@ -8,7 +8,7 @@
  *
  * GELU by its tanh formula is x/2 (1 + tanh(w/2)), and 1 + tanh(w/2) = 2 / (1 + e^-w): SiLU with another exponent.
  * The error of e^-w is that of islands_body.h; w loses at most 2^-51 |w|, which beside it is nothing up to |w| = 600,
- * where y is 0 or x in any case.
+ * where y is 0 or x in any case. Its codes are tried in float32 first, with the same result: islands_short.h.
  */
 
 /* ------------------------------------------------------------------ layer norm */
@@ -135,8 +135,21 @@ RQ_INLINE int gelu_with(const float *x, int64_t count, const struct rq_pointwise
     const int64_t size = kind == GELU_FLOATS ? sizeof(float) : 1;
     wide bad = all(0.0);
     int64_t i = 0;
-    for (; i + RQ_BLOCK <= count; i += RQ_BLOCK)
-        gelu_block(x + i, f, kind, out + i * size, kind == GELU_SIGNS ? down + i : NULL, &bad);
+#ifdef RQ_SHORT
+    const int may_be_short = kind == GELU_CODES || (kind == GELU_SIGNS && f->ratio > 1e-30 && f->ratio < 1e30);
+    const struct rough g = roughly(f);
+    narrow odd = all_narrow(0.0f);
+#endif
+    for (; i + RQ_BLOCK <= count; i += RQ_BLOCK) {
+        uint8_t *const under = kind == GELU_SIGNS ? down + i : NULL;
+        int done = 0;
+#ifdef RQ_SHORT
+        if (may_be_short)
+            done = short_gelu(x + i, f, &g, out + i, under, &odd);
+#endif
+        if (!done)
+            gelu_block(x + i, f, kind, out + i * size, under, &bad);
+    }
     if (i < count) {
         float in[RQ_BLOCK] = {0}, end[RQ_BLOCK], other[RQ_BLOCK];
         memcpy(in, x + i, (size_t)(count - i) * sizeof *in);
@@ -149,6 +162,12 @@ RQ_INLINE int gelu_with(const float *x, int64_t count, const struct rq_pointwise
     store(lanes, bad);
     for (int v = 0; v < LANES; v++)
         all_lanes += lanes[v];
+#ifdef RQ_SHORT
+    float odd_lanes[FLOATS];
+    store_narrow(odd_lanes, odd);
+    for (int v = 0; v < FLOATS; v++)
+        all_lanes += odd_lanes[v];
+#endif
     return is_nan(all_lanes);
 }
 

@@ -86,6 +86,38 @@ def signs_check(x, positive=0.02, negative=0.0014, bits=8):
     return codes.array.tobytes()
 
 
+def at_edges(step, low, high):
+    """float32 x beside those in low .. high, where GELU grows, at which |GELU| / step is k + 1/2, k = 0 ... 126."""
+    edges = (np.arange(127) + 0.5) * step * (1 if high > 0 else -1)
+    low, high = np.full(127, low), np.full(127, high)
+    for _ in range(60):  # bisection
+        middle = (low + high) / 2
+        above = exact_gelu(middle).astype(np.float64) > edges
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    x = low.astype(np.float32)
+    return np.concatenate([x, np.nextafter(x, np.float32(-9)), np.nextafter(x, np.float32(9)), np.float32([0, 0, 0])])
+
+
+def gelu_codes_are_scalars(steps):
+    """The active kernel against scalar, which computes in double, where GELU lies on the edge of two codes.
+
+    Not `ref`, which has codes of its own there.
+    """
+    if kernels.active() == "ref":
+        return
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        scale, negative = (np.float32(rng.uniform(a, b)) for a, b in ((0.01, 0.06), (0.0007, 0.00133)))
+        x = np.concatenate([at_edges(scale, 0, 9), at_edges(negative, -0.75, 0), at_edges(scale / 2, 0, 9)])
+        by_isa = []
+        for isa in (kernels.active(), "scalar"):
+            with kernels.using(isa):
+                by_isa.append(kernels.gelu_quantize(x, scale=float(scale), zero_point=60))
+                by_isa.append(kernels.gelu_quantize_signs(x, float(scale), float(negative)))
+        np.testing.assert_array_equal(by_isa[0], by_isa[2])
+        np.testing.assert_array_equal(by_isa[1], by_isa[3])
+
+
 def regions_check(scores, factor=1.0, bits=8, shift=4):
     """The codes of the exact probabilities, or those of probabilities that lie STEP of a fine step to either side."""
     p, flag = exact_softmax(scores, factor), 1 << (bits - 1)

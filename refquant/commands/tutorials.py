@@ -21,7 +21,8 @@ def add(verbs: Any) -> None:
         verbs, "tutorials", "List the tutorials; open one, run it, or copy it to work on.",
         "refquant tutorials 01 --copy . --notebook", seed=False,
     )  # fmt: skip
-    p.add_argument("name", nargs="?", metavar="NAME", help="number or name of one of them; with --run, also a script of yours")
+    p.add_argument("name", nargs="?", metavar="NAME",
+                   help="number or name of one of them; with --run, also a script of yours")  # fmt: skip
     p.add_argument("--open", action="store_true", help="open its page, with outputs and figures, in a viewer")
     p.add_argument("--run", type=Path, dest="figures", metavar="DIR",
                    help="run it without a screen, and write its figures there as PNG")  # fmt: skip

@@ -10,8 +10,8 @@ random signs, g = J'v is one backward pass, and E[g g'] = J'J.
 
 **Each step of the sampler counts alike** (`evened`). A network that predicts v or eps is most sensitive at the last,
 cleanest steps, in which the sampler hardly moves; a search by g² as it is minimises the denoising loss, and with it
-clips what the first steps need, which make the image. Mnist-dit at W6A6 (documented effort; median PSNR of 3 x 64 images):
-@@ dB without a guide, @@ with g² as it is, @@ with g² evened.
+clips what the first steps need, which make the image. Mnist-dit at W6A6 (documented effort; median PSNR of 3 times 64
+images): 32.2 ± 1.3 dB with g² as it is, 34.2 ± 0.6 with g² evened, which is what it has without a guide, 34.6 ± 0.5.
 
 (What the released codes differentiate instead, and why it is nothing, is told in `guided`.)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from guards import Guarded
 from islands_judge import FILLS, INF, NAN, with_number
-from tokens_judge import TokenNorm, gelu_check, regions_check, signs_check
+from tokens_judge import TokenNorm, gelu_check, gelu_codes_are_scalars, regions_check, signs_check
 
 from refquant import kernels
 from refquant.errors import RangeError
@@ -25,6 +25,7 @@ def battery():
     gelu_check(np.linspace(-14, 8, 20_003, dtype=np.float32))
     gelu_check(np.float32([-3e38, -1000, 1000, 3e38]))
     gelu_check(np.linspace(0, 5, 20_003, dtype=np.float32), scale=5 / 255, zero_point=0)
+    gelu_codes_are_scalars(40)
     signs_check(rng.normal(-0.5, 2, (70, 49)).astype(np.float32))
     signs_check(rng.normal(-0.5, 2, (7, 49)).astype(np.float32), 0.003, 0.0003)  # both saturate
     for spread in (0.5, 4):
@@ -42,6 +43,8 @@ def battery():
         out.check()
     zero = np.zeros((2, 1, 20), np.float32)
     for number in (NAN, INF, -INF):
+        with pytest.raises(RangeError):
+            kernels.gelu_quantize_signs(with_number(zero, number), 1, 1)
         with pytest.raises(RangeError):
             kernels.gelu_quantize(with_number(zero, number), scale=1)
         with pytest.raises(RangeError):
@@ -87,18 +90,31 @@ MUTANTS = {  # name: (file, *pairs of text)
                "(float)(x[i] + (double)gate[i] * h[i])"),
     ),
 }  # fmt: skip
+SHORT = {  # of islands_short.h, which wide registers have: pairs of text
+    "float32 is sure of all codes": ("TOLERANCE 0x1.8p-20", "TOLERANCE 0.0"),
+    "it is of those of negative numbers": ("g->tolerance, size(finer)", "g->tolerance, size(finer - finer)"),
+    "the cube is a little off": ("0x1.2444f2p-4f", "0x1.2480p-4f"),
+    "infinities and NaN are not seen": ("*bad = *bad + (in - in);", ";"),
+    "no end of the exponent": ("end = all_narrow(80.0f)", "end = all_narrow(800.0f)"),
+    "no upper limit": ("least_narrow(g->top, y));", "y);"),
+    "no limit of negative codes": ("least_narrow(g->top, y * finer)", "y * finer"),
+    "negative numbers in positive steps": ("(float)-f->ratio", "(float)-1"),
+}  # fmt: skip
+OWN = {"avx2": "islands_avx2.c", "avx512vnni": "islands_avx512.c"}
 
 
 @pytest.fixture
 def run_mutant(library, monkeypatch):
-    def run(file, *changes):
-        compiled = (file,) if file.endswith(".c") else ("islands_scalar.c",)
+    def run(file, *changes, isa="scalar"):
+        if isa not in kernels.supported():
+            pytest.skip(f"{isa}: not this machine")
+        compiled = (file,) if file.endswith(".c") else (OWN.get(isa, "islands_scalar.c"),)
         ffi, lib = library.open(file, *changes, compiled=compiled)
         for module in (_tokens, _islands, _call):
             monkeypatch.setattr(module, "lib", lib)
         for module in (_tokens, _islands):
             monkeypatch.setattr(module, "ffi", ffi)
-        with kernels.using("scalar"):
+        with kernels.using(isa):
             battery()
 
     return run
@@ -108,11 +124,19 @@ def test_the_battery_passes(isa):
     battery()
 
 
-def test_without_a_change_the_battery_passes(run_mutant):
-    run_mutant(CALLS)
+@pytest.mark.parametrize("isa", ["scalar", *OWN])
+def test_without_a_change_the_battery_passes(run_mutant, isa):
+    run_mutant(CALLS, isa=isa)
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_the_battery_kills(run_mutant, name):
     with pytest.raises((AssertionError, RangeError, pytest.fail.Exception)):
         run_mutant(*MUTANTS[name])
+
+
+@pytest.mark.parametrize("isa", OWN)
+@pytest.mark.parametrize("name", SHORT)
+def test_the_battery_kills_shorter_ways(run_mutant, name, isa):
+    with pytest.raises((AssertionError, RangeError, pytest.fail.Exception)):
+        run_mutant("islands_short.h", SHORT[name], isa=isa)

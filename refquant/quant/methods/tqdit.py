@@ -63,7 +63,7 @@ SCOPES = ("softmax", "all")
 SOFTMAX = ("regions", "uniform")
 GELU = ("auto", "split", "uniform")
 
-ROWS = 5120  # tokens that a layer's search looks at: with 1,280 the guide's noise costs 0.7 dB at W6A6, 20,480 bring nothing
+ROWS = 5120  # tokens that a layer's search looks at: with 1,280 the guide's noise costs 0.7 dB at W6A6; 20,480 gain 0
 PRODUCTS = 4  # states of each group that an attention product's search looks at, with all heads and tokens
 TRIED = SHRINK[::2]  # 40 ranges from 1.00 to 0.22; PTQ4ViT's authors find 20 enough
 

@@ -289,11 +289,12 @@ static void check_copies(const struct call *c, const uint8_t *y)
         if (memcmp(y + i * c->c, x + (line * c->m + column) * c->c, (size_t)c->c))
             complain(c, "a pixel is not where it belongs", 0);
     }
-    const int64_t left = 4 * c->m, right = 4 * c->c;
-    for (int64_t i = 0; c->function == CONCAT && i < c->n; i++)
+    for (int64_t i = 0; c->function == CONCAT && i < c->n; i++) {
+        const int64_t left = 4 * c->m, right = 4 * c->c;
         if (memcmp(y + i * (left + right), x + i * left, (size_t)left)
             || memcmp(y + i * (left + right) + left, h + i * right, (size_t)right))
             complain(c, "a pixel is not where it belongs", 0);
+    }
 }
 
 static void compare(struct call *c, const struct call *honest, int wild)
