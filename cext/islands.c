@@ -2,7 +2,7 @@
  *
  *     group norm     a unit is an image: two passes over it for mean and variance, and one that writes; where
  *                    there are fewer images than threads, each pass has units of its own
- *     softmax        a line of scores
+ *     softmax        some lines of scores
  *     quantize, SiLU a chunk of elements
  *     enlarging      a line of pixels
  *     side by side   a chunk of pixels
@@ -39,6 +39,13 @@ int rq_island_run(struct rq_island *j, int threads, int64_t elements, int64_t al
 }
 
 void rq_island_failed(struct rq_island *j, int status) { atomic_store(&j->status, status); }
+
+void rq_cut_rows(struct rq_island *j, int64_t rows, int64_t length, int64_t chunk)
+{
+    j->count = rows;
+    j->width = length < chunk ? chunk / length : 1;
+    j->units = (rows + j->width - 1) / j->width;
+}
 
 const struct rq_islands *rq_islands_of(int row)
 {
@@ -159,8 +166,8 @@ int rq_quantize(int row, int threads, const float *x, int64_t count, int silu, i
 int rq_softmax(int row, int threads, const void *scores, int ints, double factor, int64_t lines, int64_t length,
                int kind, float scale, int32_t qmax, void *y)
 {
-    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_share_line, .units = lines, .count = length, .x = scores,
-                       .y = y, .number = factor, .ints = ints};
+    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_share_lines, .c = length, .x = scores, .y = y,
+                          .number = factor, .ints = ints};
     if (!j.isa)
         return RQ_ERR_KERNEL;
     if (!rq_is_volume(lines, length, 1))
@@ -174,6 +181,7 @@ int rq_softmax(int row, int threads, const void *scores, int ints, double factor
         return RQ_OK;
     if (!scores || !y)
         return RQ_ERR_NULL;
+    rq_cut_rows(&j, lines, length, RQ_LINES);
     return rq_island_run(&j, threads, lines * length, RQ_COSTLY_BELOW);
 }
 

@@ -14,6 +14,7 @@
 enum {
     RQ_BLOCK = 16, /* elements that are taken at once whatever the register: a line of 64 bytes of float32 */
     RQ_CHUNK = 8192, /* elements of a unit where any cut will do: 32 KiB of float32 */
+    RQ_LINES = 2048, /* elements of a unit of softmax: lines enough not to meet the other threads at each of them */
     RQ_PIXELS = 64   /* pixels of a unit of a concatenation */
 };
 
@@ -46,7 +47,7 @@ struct rq_islands {
     int (*pointwise)(const float *x, int64_t count, const struct rq_pointwise *f, void *out);
     /* codes of x / unit, divided in float32; infinities saturate */
     int (*quantize)(const float *x, int64_t count, const struct rq_pointwise *f, uint8_t *out);
-    /* softmax of scale * scores (float32, or int32 if `ints`); room: `count` doubles, rounded up to a block */
+    /* softmax of scale * scores of a line (float32, or int32 if `ints`); room: `count` doubles, rounded up to a block */
     int (*softmax)(const void *scores, int ints, int64_t count, double scale, const struct rq_pointwise *f,
                    double *room, void *out);
     /* of transformers: see islands_tokens_body.h */
@@ -69,7 +70,7 @@ struct rq_moments {
 struct rq_island {
     const struct rq_islands *isa;
     void (*unit)(struct rq_island *, int64_t);
-    int64_t units, count;  /* count: elements altogether, of an image, or of a line */
+    int64_t units, count;  /* count: elements altogether or of an image; or rows */
     const void *x, *other;
     uint8_t *y;
     int64_t y_size;        /* bytes of an element of y */
@@ -92,7 +93,7 @@ void rq_square_block(struct rq_island *j, int64_t block);
 void rq_know_image(struct rq_island *j);
 void rq_map_chunk(struct rq_island *j, int64_t chunk);
 int64_t rq_map_chunks(const struct rq_island *j);
-void rq_share_line(struct rq_island *j, int64_t line);
+void rq_share_lines(struct rq_island *j, int64_t unit);
 void rq_make_codes(struct rq_island *j, int64_t chunk);
 void rq_concat_chunk(struct rq_island *j, int64_t chunk);
 void rq_double_line(struct rq_island *j, int64_t line);
@@ -108,6 +109,8 @@ const struct rq_islands *rq_islands_of(int row);
 int rq_is_volume(int64_t a, int64_t b, int64_t c);
 /* The output stage of a call; a wrong scale, zero point or number of codes is found here. */
 int rq_island_stage(struct rq_island *j, int kind, float scale, int32_t zero_point, int32_t qmax);
+/* Units of rows of `length` elements, about `chunk` of them in a unit: count rows, width of them in a unit. */
+void rq_cut_rows(struct rq_island *j, int64_t rows, int64_t length, int64_t chunk);
 /* Do the units, on a team if there are so many elements. */
 int rq_island_run(struct rq_island *j, int threads, int64_t elements, int64_t alone_below);
 /* sqrt of a number that is not negative, rounded once, without the C library. */

@@ -67,6 +67,25 @@ RQ_INLINE narrow times_plus(narrow a, narrow b, narrow c) { return a * b + c; }
 RQ_INLINE narrow size(narrow x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
 RQ_INLINE int any_above(narrow x, float y) { return _mm256_movemask_ps(_mm256_cmp_ps(x, all_narrow(y), _CMP_GT_OQ)); }
 
+RQ_INLINE float sum_of_narrow(narrow x)
+{
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+RQ_INLINE float largest_of_narrow(narrow x)
+{
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+RQ_INLINE narrow where_at_least_narrow(narrow x, narrow least, narrow then, narrow other)
+{
+    return _mm256_blendv_ps(other, then, _mm256_cmp_ps(x, least, _CMP_GE_OQ));
+}
+
 RQ_INLINE narrow times_power_narrow(narrow p, narrow t)
 {
     const __m256i k = _mm256_slli_epi32(_mm256_castps_si256(t), 23);

@@ -63,6 +63,14 @@ RQ_INLINE narrow times_plus(narrow a, narrow b, narrow c) { return _mm512_fmadd_
 RQ_INLINE narrow size(narrow x) { return _mm512_abs_ps(x); }
 RQ_INLINE int any_above(narrow x, float y) { return _mm512_cmp_ps_mask(x, all_narrow(y), _CMP_GT_OQ) != 0; }
 
+RQ_INLINE float sum_of_narrow(narrow x) { return _mm512_reduce_add_ps(x); }
+RQ_INLINE float largest_of_narrow(narrow x) { return _mm512_reduce_max_ps(x); }
+
+RQ_INLINE narrow where_at_least_narrow(narrow x, narrow least, narrow then, narrow other)
+{
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, least, _CMP_GE_OQ), other, then);
+}
+
 RQ_INLINE narrow times_power_narrow(narrow p, narrow t)
 {
     const __m512i k = _mm512_slli_epi32(_mm512_castps_si512(t), 23);

@@ -24,7 +24,7 @@
  * error with c0 = 1, so that softmax of one score is 1. A degree of 5 would leave 9.2e-8: 1.5 ulp.
  * |z| is limited to 600, where 2^k times any float32 still is a normal number: beyond, y is 0 or z anyway.
  * Where group norm knows that no |z| comes near that (`tame`), two of 25 operations are saved.
- * Codes of SiLU there, and of GELU, are tried in float32 first, with the same result: islands_short.h.
+ * Codes of SiLU there, of GELU and of softmax are tried in float32 first, with the same result: islands_short.h.
  * Tails: a block that is not full is computed in a copy. No element outside of the arrays is touched.
  */
 #define VECTORS (RQ_BLOCK / LANES)
@@ -231,6 +231,10 @@ static int softmax(const void *scores, int ints, int64_t count, double scale, co
 {
     const float *const x = scores;
     const int32_t *const s = scores;
+#ifdef RQ_SHORT
+    if (f->codes && !ints && short_softmax(x, count, scale, f, (float *)room, out))
+        return 0;
+#endif
     const double nothing = -HUGE_VAL; /* behind the line: e^-600 is nothing beside a sum that is at least 1 */
     wide top[VECTORS];
     int64_t i = 0;

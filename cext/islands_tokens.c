@@ -2,7 +2,7 @@
  *
  *     layer norm, gated sum          a unit is a part of the tokens of one image: conditions differ between images
  *     GELU, two signs, parts         a unit is some rows
- *     softmax with two regions       a line of scores
+ *     softmax with two regions       some lines of scores
  *
  * Conditions (shift, scale, gate) are vectors of D numbers for each image, `stride` numbers apart: one row of them
  * holds those of all blocks.
@@ -109,14 +109,6 @@ static void quantize_rows(struct rq_island *j, int64_t unit)
 
 /* ------------------------------------------------------------------ calls */
 
-/* Rows of `length` elements for about RQ_CHUNK of them in a unit. */
-static void cut_rows(struct rq_island *j, int64_t rows, int64_t length)
-{
-    j->count = rows;
-    j->width = length < RQ_CHUNK ? RQ_CHUNK / length : 1;
-    j->units = (rows + j->width - 1) / j->width;
-}
-
 int rq_layer_norm(int row, int threads, const float *x, int64_t n, int64_t tokens, int64_t d, const float *gamma,
                   const float *beta, int64_t stride, double eps, int kind, float scale, int32_t zero_point,
                   int32_t qmax, void *y)
@@ -170,7 +162,7 @@ int rq_gelu(int row, int threads, const float *x, int64_t count, int kind, float
         return status;
     if (!x || !y)
         return RQ_ERR_NULL;
-    cut_rows(&j, count, 1);
+    rq_cut_rows(&j, count, 1, RQ_CHUNK);
     return rq_island_run(&j, threads, count, RQ_COSTLY_BELOW);
 }
 
@@ -190,7 +182,7 @@ int rq_gelu_signs(int row, int threads, const float *x, int64_t rows, int64_t wi
     if (!x || !y)
         return RQ_ERR_NULL;
     j.f.ratio = (double)positive / (double)negative;
-    cut_rows(&j, rows, width);
+    rq_cut_rows(&j, rows, width, RQ_CHUNK);
     return rq_island_run(&j, threads, rows * width, RQ_COSTLY_BELOW);
 }
 
@@ -214,15 +206,15 @@ int rq_quantize_parts(int row, int threads, const float *x, int64_t rows, int64_
         return RQ_OK;
     if (!x || !y)
         return RQ_ERR_NULL;
-    cut_rows(&j, rows, count * width);
+    rq_cut_rows(&j, rows, count * width, RQ_CHUNK);
     return rq_island_run(&j, threads, rows * count * width, RQ_CHEAP_BELOW);
 }
 
 int rq_softmax_regions(int row, int threads, const float *scores, double factor, int64_t lines, int64_t length,
                        int bits, int shift, uint8_t *y)
 {
-    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_share_line, .units = lines, .count = length,
-                          .x = scores, .y = y, .number = factor};
+    struct rq_island j = {.isa = rq_islands_of(row), .unit = rq_share_lines, .c = length, .x = scores, .y = y,
+                          .number = factor};
     if (!j.isa)
         return RQ_ERR_KERNEL;
     if (!rq_is_volume(lines, length, 1))
@@ -240,5 +232,6 @@ int rq_softmax_regions(int row, int threads, const float *scores, double factor,
     j.f.flag = last + 1;
     j.f.ratio = ratio;
     j.f.split = ratio / j.f.unit; /* 2^-shift in fine steps */
+    rq_cut_rows(&j, lines, length, RQ_LINES);
     return rq_island_run(&j, threads, lines * length, RQ_COSTLY_BELOW);
 }

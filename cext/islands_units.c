@@ -195,15 +195,20 @@ void rq_map_chunk(struct rq_island *j, int64_t chunk)
     j->isa->pointwise(j->image + first, count, &j->f, j->y + image + first * j->y_size);
 }
 
-void rq_share_line(struct rq_island *j, int64_t line)
+void rq_share_lines(struct rq_island *j, int64_t unit)
 {
-    const int64_t padded = (j->count + RQ_BLOCK - 1) / RQ_BLOCK * RQ_BLOCK;
+    const int64_t padded = (j->c + RQ_BLOCK - 1) / RQ_BLOCK * RQ_BLOCK;
+    const int64_t first = unit * j->width, rest = j->count - first, end = first + (rest < j->width ? rest : j->width);
     double *const room = rq_scratch(padded * (int64_t)sizeof *room);
-    const char *const scores = (const char *)j->x + line * j->count * 4;
-    if (!room)
+    int bad = 0;
+    if (!room) {
         rq_island_failed(j, RQ_ERR_MEMORY);
-    else if (j->isa->softmax(scores, j->ints, j->count, j->number, &j->f, room,
-                             j->y + line * j->count * j->y_size))
+        return;
+    }
+    for (int64_t line = first; line < end; line++)
+        bad |= j->isa->softmax((const char *)j->x + line * j->c * 4, j->ints, j->c, j->number, &j->f, room,
+                               j->y + line * j->c * j->y_size);
+    if (bad)
         rq_island_failed(j, RQ_ERR_RANGE);
 }
 

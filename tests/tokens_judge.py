@@ -118,6 +118,42 @@ def gelu_codes_are_scalars(steps):
         np.testing.assert_array_equal(by_isa[1], by_isa[3])
 
 
+def lines_at(shares, length, rng):
+    """Lines of scores whose softmax has this share at one place, and the two float32 beside that score."""
+    at, row = np.arange(len(shares)) % length, np.arange(len(shares))
+    scores = rng.normal(0, 2, (len(shares), length)).astype(np.float32)
+    others = np.exp(scores.astype(np.float64))
+    others[row, at] = 0
+    exact = np.log(shares / (1 - shares) * others.sum(axis=1)).astype(np.float32)
+    lines = np.stack([scores] * 3)
+    lines[:, row, at] = exact, np.nextafter(exact, np.float32(-99)), np.nextafter(exact, np.float32(99))
+    return lines.reshape(-1, length)
+
+
+def softmax_codes_are_scalars(rounds):
+    """As above, for softmax in steps of one size and in two regions: on edges, and where the regions meet."""
+    if kernels.active() == "ref":
+        return
+    rng, k = np.random.default_rng(0), np.arange(127) + 0.5
+    for round_ in range(rounds):
+        for length in (5, 16, 49, 200):
+            shift = round_ % 5 + 1
+            fine, coarse = k / 127 / 2**shift, k / 127
+            shares = np.concatenate([fine, coarse[coarse >= 2.0**-shift], np.full(20, 2.0**-shift)])
+            lines, plain = lines_at(shares, length, rng), lines_at((np.arange(255) + 0.5) / 255, length, rng)
+            by_isa = []
+            for isa in (kernels.active(), "scalar"):
+                with kernels.using(isa):
+                    codes, whole = (Guarded(x.shape, np.uint8) for x in (lines, plain))
+                    kernels.softmax_quantize_regions(lines, bits=8, shift=shift, out=codes.array)
+                    kernels.softmax_quantize(plain, scale=1 / 255, out=whole.array)
+                    codes.check()
+                    whole.check()
+                    by_isa.append((codes.array, whole.array))
+            np.testing.assert_array_equal(by_isa[0][0], by_isa[1][0])
+            np.testing.assert_array_equal(by_isa[0][1], by_isa[1][1])
+
+
 def regions_check(scores, factor=1.0, bits=8, shift=4):
     """The codes of the exact probabilities, or those of probabilities that lie STEP of a fine step to either side."""
     p, flag = exact_softmax(scores, factor), 1 << (bits - 1)

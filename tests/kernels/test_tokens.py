@@ -6,7 +6,15 @@ from guards import Guarded, every_kernel
 from hypothesis import given
 from hypothesis import strategies as st
 from islands_judge import INF, NAN, STAGES, one_set_of_bits, with_number
-from tokens_judge import TokenNorm, gelu_check, gelu_codes_are_scalars, regions_check, signs_check, token_norms
+from tokens_judge import (
+    TokenNorm,
+    gelu_check,
+    gelu_codes_are_scalars,
+    regions_check,
+    signs_check,
+    softmax_codes_are_scalars,
+    token_norms,
+)
 
 from refquant import kernels
 from refquant.errors import RangeError, ShapeError
@@ -57,6 +65,10 @@ def test_gelu_of_two_signs(seed, shape, bits):
 def test_gelu_by_the_shorter_way(isa):
     """Where float32 is not sure of a code, it has to ask for double."""
     gelu_codes_are_scalars(200)
+
+
+def test_softmax_by_the_shorter_way(isa):
+    softmax_codes_are_scalars(20)
 
 
 def test_two_signs_are_the_codes_of_the_grid(isa):

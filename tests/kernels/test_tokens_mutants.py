@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from guards import Guarded
 from islands_judge import FILLS, INF, NAN, with_number
-from tokens_judge import TokenNorm, gelu_check, gelu_codes_are_scalars, regions_check, signs_check
+from tokens_judge import (
+    TokenNorm,
+    gelu_check,
+    gelu_codes_are_scalars,
+    regions_check,
+    signs_check,
+    softmax_codes_are_scalars,
+)
 
 from refquant import kernels
 from refquant.errors import RangeError
@@ -26,6 +33,7 @@ def battery():
     gelu_check(np.float32([-3e38, -1000, 1000, 3e38]))
     gelu_check(np.linspace(0, 5, 20_003, dtype=np.float32), scale=5 / 255, zero_point=0)
     gelu_codes_are_scalars(40)
+    softmax_codes_are_scalars(5)
     signs_check(rng.normal(-0.5, 2, (70, 49)).astype(np.float32))
     signs_check(rng.normal(-0.5, 2, (7, 49)).astype(np.float32), 0.003, 0.0003)  # both saturate
     for spread in (0.5, 4):
@@ -45,12 +53,19 @@ def battery():
     for number in (NAN, INF, -INF):
         with pytest.raises(RangeError):
             kernels.gelu_quantize_signs(with_number(zero, number), 1, 1)
+        if number != -INF:  # which is a mask
+            with pytest.raises(RangeError):
+                kernels.softmax_quantize_regions(with_number(zero, number), bits=8, shift=3)
         with pytest.raises(RangeError):
             kernels.gelu_quantize(with_number(zero, number), scale=1)
         with pytest.raises(RangeError):
             kernels.layer_norm_modulate_quantize(with_number(zero, number), zero[:, 0], zero[:, 0], scale=1)
     with pytest.raises(RangeError):
         kernels.layer_norm_modulate_quantize(zero, zero[:, 0], with_number(zero[:, 0], NAN), scale=1)
+    line = np.zeros(20, np.uint32)
+    line[3] = 0x7FC001FF  # a NaN whose low bits a power of two is made of
+    with pytest.raises(RangeError):
+        kernels.softmax_quantize_regions(line.view(np.float32), bits=8, shift=3)
 
 
 BODY, CALLS = "islands_tokens_body.h", "islands_tokens.c"
@@ -99,6 +114,15 @@ SHORT = {  # of islands_short.h, which wide registers have: pairs of text
     "no upper limit": ("least_narrow(g->top, y));", "y);"),
     "no limit of negative codes": ("least_narrow(g->top, y * finer)", "y * finer"),
     "negative numbers in positive steps": ("(float)-f->ratio", "(float)-1"),
+    "float32 is sure of all shares": ("SLACK 0x1p-24", "SLACK 0.0"),
+    "it is sure where regions meet": ("!any_above(close, 0)", "1"),
+    "numbers at the end are counted twice": ("RQ_BLOCK - (b - at)", "RQ_BLOCK"),
+    "what fills a short line is counted": ("2 * RQ_BLOCK - given", "RQ_BLOCK"),
+    "a short line ends with a whole block": ("given < RQ_BLOCK ? end : out + at", "out + at"),
+    "no NaN is seen in a line": ("if (sum_of_narrow(odd) != 0)", "if (0)"),
+    "the coarse region has no flag": ("whole + all_narrow((float)f->flag)", "whole"),
+    "steps of the coarse region are fine": ("least_narrow(limit, y * ratio)", "least_narrow(limit, y)"),
+    "the largest score is not subtracted": ("(largest - load_narrow(x", "(all_narrow(0.0f) - load_narrow(x"),
 }  # fmt: skip
 OWN = {"avx2": "islands_avx2.c", "avx512vnni": "islands_avx512.c"}
 
