@@ -61,7 +61,7 @@ MUTANTS = {  # what of the target's source is changed, and what it says then
     "a k too many": ("fuzz_conv", "gemm_scalar.c", "k < t->steps * RQ_STEP", "k <= t->steps * RQ_STEP",
                      "heap-buffer-overflow"),
     "a token too many": ("fuzz_islands", "islands_tokens.c", "*count = rest < TOKENS ? rest : TOKENS",
-                         "*count = TOKENS", "heap-buffer-overflow"),
+                         "*count = rest < 0 ? rest : TOKENS", "heap-buffer-overflow"),
     "a row too many": ("fuzz_islands", "products.c", "begin = p->m * cut / j->cuts, count = p->m",
                        "begin = p->m * cut / j->cuts, count = 1 + p->m", "heap-buffer-overflow"),
     "a stride not checked": ("fuzz_islands", "islands_tokens.c", "|| stride < d ||", "||", "but not refused"),

@@ -68,7 +68,7 @@ static void measure(const struct call *c, wide need[OPERANDS])
     memset(need, 0, OPERANDS * sizeof *need);
     switch (c->function) {
     case GROUP_NORM:
-        need[X] = n * m * d * 4, need[GAMMA] = n * m * d ? d * 4 : 0, need[Y] = n * m * d * element;
+        need[X] = n * m * d * 4, need[GAMMA] = n && m ? d * 4 : 0, need[Y] = n * m * d * element;
         break;
     case QUANTIZE: case GELU:
         need[X] = n * 4, need[Y] = n * element;
@@ -86,7 +86,7 @@ static void measure(const struct call *c, wide need[OPERANDS])
         need[X] = n * m * 4, need[H] = n * d * 4, need[Y] = n * (m + d) * 4;
         break;
     case LAYER_NORM: case GATED_ADD:
-        need[X] = n * m * d * 4, need[GAMMA] = n * m * d ? ((n - 1) * c->stride + d) * 4 : 0;
+        need[X] = n * m * d * 4, need[GAMMA] = n && m && d ? ((n - 1) * c->stride + d) * 4 : 0;
         need[Y] = n * m * d * (c->function == LAYER_NORM ? element : 4);
         need[H] = c->function == LAYER_NORM ? 0 : need[X];
         break;
