@@ -14,9 +14,11 @@ its rendered page (Markdown with outputs and figures) in ``rendered/``.
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from .errors import RefquantError, UnknownNameError
@@ -232,3 +234,52 @@ def notebook(text: str) -> dict[str, Any]:
             found.append({"cell_type": "code", **common, "source": source, "execution_count": None, "outputs": []})
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     return {"cells": found, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+
+
+class _Told(ast.NodeTransformer):
+    """Every assert, and every call of np.testing, in a try of its own that prints what failed."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text = name, text
+
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt:
+        return self._told(node)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.stmt:
+        is_test = isinstance(node.value, ast.Call) and ast.unparse(node.value.func).startswith("np.testing.")
+        return self._told(node) if is_test else node
+
+    def _told(self, node: ast.stmt) -> ast.stmt:
+        claim = (ast.get_source_segment(self.text, node) or "").splitlines()[0]
+        said = f"claim no longer holds, {self.name} line {node.lineno}: {claim}"
+        handler = ast.parse(f"try:\n    pass\nexcept AssertionError:\n    print({said!r})").body[0]
+        assert isinstance(handler, ast.Try)
+        handler.body = [node]
+        for part in ast.walk(handler):
+            if "lineno" in part._attributes and part is not node:
+                ast.copy_location(part, node)
+        return handler
+
+
+def telling(script: Path) -> CodeType:
+    """A script that goes on where a claim of it fails, and prints which: what a reader who changes it wants.
+
+    Parameters
+    ----------
+    script : Path
+
+    Returns
+    -------
+    code
+
+    Raises
+    ------
+    RefquantError
+        It is no Python.
+    """
+    text = script.read_text(encoding="utf-8")
+    try:
+        tree = _Told(script.name, text).visit(ast.parse(text))
+    except SyntaxError as error:
+        raise RefquantError(f"{script}, line {error.lineno}: {error.msg}. Undo the change there.") from None
+    return compile(ast.fix_missing_locations(tree), str(script), "exec")

@@ -534,7 +534,8 @@ for name in GUIDES:
     lost[name] = mean_square(images - reference)
     kept = np.mean([SHRINKS[picked[name]] for _, picked in of_all.values()])
     each = [psnr(a, b) for a, b in zip(images, reference, strict=True)]
-    print(f"{name:24} keeps {kept:.2f} of the ranges; error of the images {lost[name]:.4f}, median {np.median(each):.1f} dB")
+    print(f"{name:24} keeps {kept:.2f} of the ranges; error of the images {lost[name]:.4f},", end=" ")
+    print(f"median {np.median(each):.1f} dB")
 assert lost["curvature, steps alike"] < lost["curvature"] / 1.3
 
 # %% [markdown]

@@ -11,19 +11,14 @@ call costs 3 to 25 microseconds in Python itself, much of a 4x4 image and little
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +28,7 @@ from threadpoolctl import threadpool_limits
 from .. import kernels
 from ..errors import RefquantError
 from ..threads import using_threads
-from . import kernel_peers
+from . import kernel_peers, process
 from .kernel_peers import Engine, Unfit
 from .kernel_problems import Problem, Shape
 
@@ -64,22 +59,8 @@ class Task:
 
 
 def elsewhere(task: Task) -> dict[str, Any]:
-    """`measure` in a fresh process.
-
-    Raises
-    ------
-    RefquantError
-        The process failed; the message ends with the last line that it wrote.
-    """
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command, environment = [sys.executable, "-m", __name__], os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    text = json.dumps(asdict(task))
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise RefquantError(f"bench: the process of {task.contender} ended with status {done.returncode}: {last}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    """`measure` in a fresh process."""
+    return process.ask(__name__, task.contender, asdict(task))
 
 
 def measure(task: Task) -> dict[str, Any]:
@@ -219,15 +200,10 @@ def peer(p: Problem, name: str, threads: int, *, check: bool) -> Engine:
     return engine
 
 
-def main() -> None:
-    """Read a task from the standard input, write what was found to the standard output, and nothing else there."""
-    answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what other libraries print
-    task = json.load(sys.stdin)
-    task |= {"shapes": tuple(Shape(**shape) for shape in task["shapes"]), "isas": tuple(task["isas"])}
-    with answer:
-        json.dump(measure(Task(**task)), answer)
+def _respond(question: dict[str, Any]) -> dict[str, Any]:
+    shapes = tuple(Shape(**shape) for shape in question["shapes"])
+    return measure(Task(**question | {"shapes": shapes, "isas": tuple(question["isas"])}))
 
 
 if __name__ == "__main__":
-    main()
+    process.answer(_respond)

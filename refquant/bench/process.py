@@ -29,7 +29,9 @@ def ask(module: str, who: str, question: Answer) -> Answer:
     """
     paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     command, environment = [sys.executable, "-m", module], os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, input=json.dumps(question), capture_output=True, text=True, env=environment)
+    done = subprocess.run(  # in the package's own folder: -m looks for it in the current one first
+        command, input=json.dumps(question), capture_output=True, text=True, env=environment, cwd=paths[0]
+    )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RefquantError(f"bench: the process of {who} ended with status {done.returncode}: {last}")

@@ -36,6 +36,10 @@ from .quantize import add_calibration
 
 SHOWN = 12  # images of each row of the picture
 
+# ``python -c`` with this and a folder is ``python -m refquant`` of the package there: -m would take another one
+# that lies in the current folder, such as a source tree without its compiled core.
+SAME_PACKAGE = "import sys; sys.path[0] = sys.argv.pop(1); from refquant.cli import main; sys.exit(main())"
+
 
 def add(verbs: Any) -> None:
     """Describe the verb."""
@@ -156,7 +160,7 @@ def calibrated(
         return file
     shared = ["--out", str(file), "--json", str(notes), *(["--quiet"] if args.quiet else [])]
     threads = ["--threads", str(args.threads)] if args.threads else []
-    command = [sys.executable, "-m", "refquant", *asked, *shared, *threads]
+    command = [sys.executable, "-c", SAME_PACKAGE, str(Path(__file__).resolve().parents[2]), *asked, *shared, *threads]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if args.quiet else None, text=True)
     if done.returncode:
         raise RefquantError(f"{name} W{weight_bits}A{input_bits}: {(done.stderr or 'see above').strip()}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import RefquantError
 from ..io import write_atomically
-from ..tutorials import Tutorial, find, notebook, tutorials
+from ..tutorials import Tutorial, find, notebook, telling, tutorials
 from .common import add_verb
 
 
@@ -56,58 +56,58 @@ def run(args: argparse.Namespace) -> int:
         if path is not None and path.is_file():
             print(f"{what + ':':<8}{path}")
     if args.figures is not None:
-        _print_figures(execute(tutorial.path, args.figures))
+        execute(tutorial.path, args.figures)
     return 0
 
 
 def _run_own(script: Path, args: argparse.Namespace) -> int:
-    """Run a copy that its reader has changed."""
+    """Run a copy that its reader has changed: a claim that holds no longer is told, and the script goes on."""
     if args.figures is None or args.copy or args.open:
         raise RefquantError(f"{script}: a script of yours can be run, with --run DIR, not opened or copied.")
     if not script.is_file():
         raise RefquantError(f"{script}: there is no such file. `refquant tutorials 11 --copy .` makes one to change.")
-    _print_figures(execute(script, args.figures))
+    execute(script, args.figures, tell=True)
     return 0
 
 
-def _print_figures(figures: list[Path]) -> None:
-    for path in figures:
-        print(f"figure: {path}")
-
-
-def execute(script: Path, place: Path) -> list[Path]:
+def execute(script: Path, place: Path, *, tell: bool = False) -> None:
     """Run a script; what it would show in windows is written into a folder, NN_name_1.png and so on.
 
     Parameters
     ----------
     script : Path
     place : Path
-        An existing folder; figures of an earlier run are overwritten.
-
-    Returns
-    -------
-    list of Path
-        The figures, in order.
+        An existing folder; figures of an earlier run of this script are removed from it first.
+    tell : bool
+        Print claims that do not hold, instead of ending at the first.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    made: list[Path] = []
+    for old in place.glob(f"{script.stem}_*.png"):
+        if old.stem.removeprefix(f"{script.stem}_").isdecimal():
+            old.unlink()
+    made = 0
 
     def save() -> None:
+        nonlocal made
         for number in plt.get_fignums():
-            made.append(place / f"{script.stem}_{len(made) + 1}.png")
-            plt.figure(number).savefig(made[-1])
+            made += 1
+            path = place / f"{script.stem}_{made}.png"
+            plt.figure(number).savefig(path)
+            print(f"figure: {path}")
         plt.close("all")
 
     show, plt.show = plt.show, save
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        if tell:
+            exec(telling(script), {"__name__": "__main__", "__file__": str(script)})
+        else:
+            runpy.run_path(str(script), run_name="__main__")
     finally:
         plt.show = show
-    return made
 
 
 def copy(tutorial: Tutorial, place: Path, *, as_notebook: bool) -> Path:

@@ -123,8 +123,10 @@ def test_a_peer_that_is_wrong_or_fails_is_not_timed(tiny, capsys, make, reason):
     assert "other, 1,8->16,4x4,3: not timed" in capsys.readouterr().out
 
 
-def test_a_turn_has_a_process_of_its_own():
-    """It finds what the same turn finds here; the prints of other libraries do not spoil its answer."""
+def test_a_turn_has_a_process_of_its_own(tmp_path, monkeypatch):
+    """It finds what the same turn finds here; neither prints of other libraries nor a folder of that name spoil it."""
+    (tmp_path / "refquant").mkdir()
+    monkeypatch.chdir(tmp_path)
     for contender, columns in ((OURS, [f"{ISA} int32", f"{ISA} uint8"]), ("numpy float32", ["numpy float32"])):
         task = Task(contender, TINY, (ISA,), 2, False, False, 0, 0, 0.001, first=True)
         for found in (kernel_turn.elsewhere(task), kernel_turn.measure(task)):

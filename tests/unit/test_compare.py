@@ -78,6 +78,15 @@ def test_what_a_calibration_says_is_passed_on(tmp_path, capsys):
     assert "no such option" in capsys.readouterr().err
 
 
+def test_another_package_in_the_current_folder_is_not_taken(tmp_path, monkeypatch, capsys):
+    """Such as a source tree whose C core is not compiled."""
+    (tmp_path / "refquant").mkdir()
+    (tmp_path / "refquant" / "__init__.py").write_text("raise SystemExit('not this one')")
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--methods", "nearest", *SMALL, "--out", "found"]) == 0
+    assert "nearest" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------ conditional transformers
 
 

@@ -147,8 +147,41 @@ def test_run_writes_figures(capsys, monkeypatch, tmp_path):
     code, out, _ = own
     assert by_number[1].endswith(out)  # which first says what it runs
     made = [tmp_path / f"07_name_{i}.png" for i in (1, 2, 3)]
-    assert code == 0 and out.splitlines()[-4:] == ["done", *(f"figure: {path}" for path in made)]
+    assert code == 0 and out.splitlines()[-4:] == [*(f"figure: {path}" for path in made), "done"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made) and len(list(tmp_path.glob("*.png"))) == 3
+
+
+CHANGED = """\
+import numpy as np
+for i in range(2):
+    assert i == 0, "the second time"
+np.testing.assert_array_equal([1],
+                              [2])
+print("the end")
+"""
+
+
+def test_a_changed_script_tells_which_claims_fail(capsys, tmp_path):
+    """And goes on; figures of an earlier run, and only those, are gone."""
+    script = tmp_path / "mine.py"
+    script.write_text(CHANGED, encoding="utf-8")
+    old = [tmp_path / f"{name}.png" for name in ("mine_1", "mine_12", "mine_x", "mine", "other_1")]
+    for path in old:
+        path.touch()
+    code, out, _ = call(capsys, script, "--run", tmp_path)
+    assert code == 0 and out.splitlines() == [
+        'claim no longer holds, mine.py line 3: assert i == 0, "the second time"',
+        "claim no longer holds, mine.py line 4: np.testing.assert_array_equal([1],",
+        "the end",
+    ]
+    assert [path.exists() for path in old] == [False, False, True, True, True]
+
+
+def test_a_script_that_is_no_python(capsys, tmp_path):
+    script = tmp_path / "mine.py"
+    script.write_text("x = 1\nx = = 2\n", encoding="utf-8")
+    code, out, err = call(capsys, script, "--run", tmp_path)
+    assert (code, out) == (2, "") and "mine.py, line 2: invalid syntax" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
