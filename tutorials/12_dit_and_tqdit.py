@@ -540,8 +540,8 @@ assert lost["curvature, steps alike"] < lost["curvature"] / 1.3
 
 # %% [markdown]
 # Answers at the end of sampling are not images: there the network is sensitive, and there is little left to decide. So
-# `tqdit` lets every step of the sampler count alike (`refquant.quant.curvature.evened`), which asks the Hessian for what
-# it knows, which outputs of one state matter, and not for what it does not. That brings it back to where a search
+# `tqdit` lets every step of the sampler count alike (`refquant.quant.curvature.evened`), which asks the Hessian for
+# what it knows, which outputs of one state matter, and not for what it does not. That brings it back to where a search
 # without any guide is, more or less: the squares of one draw of signs are noisy, and their advantage over treating all
 # outputs alike, on this network, is not larger than that noise ([the table](../../README.md#the-methods) has W6A6 with
 # and without a guide).
