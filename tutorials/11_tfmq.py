@@ -28,7 +28,7 @@
 #
 # With half an hour: read from *The block, in three lines* to *Change one thing*, which is the method; then change
 # `ITERATIONS` or a line of `tiar` in a copy of this page, and compare what it prints behind "told a wrong time". The
-# [README](../../README.md#half-an-hour) has the commands.
+# README has the commands, under *Half an hour*.
 
 # %%
 from functools import partial

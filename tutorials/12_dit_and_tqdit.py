@@ -543,8 +543,8 @@ assert lost["curvature, steps alike"] < lost["curvature"] / 1.3
 # `tqdit` lets every step of the sampler count alike (`refquant.quant.curvature.evened`), which asks the Hessian for
 # what it knows, which outputs of one state matter, and not for what it does not. That brings it back to where a search
 # without any guide is, more or less: the squares of one draw of signs are noisy, and their advantage over treating all
-# outputs alike, on this network, is not larger than that noise ([the table](../../README.md#the-methods) has W6A6 with
-# and without a guide).
+# outputs alike, on this network, is not larger than that noise (the README, under *The methods*, has W6A6 with and
+# without a guide).
 #
 # ## Where time enters
 #
